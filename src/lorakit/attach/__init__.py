@@ -1,0 +1,22 @@
+"""The only code that touches a model: attaching, routing, merging, reporting."""
+
+from lorakit.attach.active import set_active, use
+from lorakit.attach.attach import attach, detach, extract, trainable
+from lorakit.attach.merge import merge, unmerge
+from lorakit.attach.report import AttachReport, ModelReport, report
+from lorakit.attach.routing import checkpoint_contexts
+
+__all__ = [
+    "AttachReport",
+    "ModelReport",
+    "attach",
+    "checkpoint_contexts",
+    "detach",
+    "extract",
+    "merge",
+    "report",
+    "set_active",
+    "trainable",
+    "unmerge",
+    "use",
+]

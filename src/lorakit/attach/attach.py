@@ -1,0 +1,452 @@
+"""Attaching adapters to a model, reading them back as data, and taking them off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach.attachments import Attached, Attachments, attachments_of, keep, kept_by
+from lorakit.attach.binding import bind, check_bindable, find_slot, unbind
+from lorakit.attach.merge import check_finite, merge, restore_base
+from lorakit.attach.report import AttachReport, attach_report
+from lorakit.attach.slot import HOME, OUTPUT, AdapterParameters, Slot
+from lorakit.core.adapter import AdapterSpec, AdapterState
+from lorakit.core.method import DeltaMethod, Method
+from lorakit.core.route import OFF, Mix
+from lorakit.core.selection import Selector, pattern_matches
+from lorakit.core.target import Shape, Target, stock_class
+from lorakit.errors import (
+    AdapterMismatchError,
+    AdapterNameError,
+    ConfigError,
+    MergeError,
+    RoutingError,
+    TargetError,
+    UnmatchedTargetError,
+    UnsupportedTargetError,
+    listing,
+    near_matches,
+)
+from lorakit.targets.dense import DenseStorage
+from lorakit.targets.find import candidates, find, layer_target, parameter_target, without_excluded
+from lorakit.targets.linear import LinearTarget
+
+Plan = dict[str, tuple[Target, Method]]
+
+
+def attach(
+    model: nn.Module,
+    adapter: Method | Mapping[str, Method] | AdapterState,
+    targets: Selector | None = None,
+    *,
+    name: str = "default",
+    exclude: Selector | None = None,
+    freeze: bool = True,
+    trainable: bool | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
+) -> AttachReport:
+    """Put an adapter on a model. Everything is checked before anything is touched.
+
+    The first adapter of a model becomes its default (see `set_active`); later ones act when they are asked
+    for.
+    The model stays the user's model: no module is replaced, and base names, ties and state-dict keys do not
+    change.
+
+    Args:
+        model: Any module.
+        adapter: A method (``LoRA(r=8)``); a mapping from patterns to methods, for different methods in one adapter
+            (``{"all-linear": LoRA(), "score": FullFineTuning()}``; a later entry replaces an earlier one's
+            choice of the same target); or an `AdapterState` read from disk.
+        targets: What to adapt, see `lorakit.find`; by default what the method says (``"all-linear"`` for LoRA).
+        name: The adapter's name: not empty, without dots.
+        exclude: What to leave out of ``targets``.
+        freeze: Switch ``requires_grad`` off for the whole base; `detach` puts the flags back. ``False`` leaves them.
+        trainable: Whether the adapter's parameters require a gradient: by default yes for a method, no for a state.
+        dtype: Of the adapter's parameters; by default float32, or the base's where that is wider;
+            a state keeps its own.
+        seed: Of the initial values; by default torch's global generator is used.
+
+    Returns:
+        What was attached: targets, sizes, counts. Print it.
+
+    Raises:
+        TargetError: Something named was not found or cannot be adapted.
+        AdapterNameError: The name is taken or not allowed.
+        AdapterMismatchError: A state does not fit this model.
+        MergeError: Adapters are merged into the weights that a new one would start from.
+        ConfigError: A setting makes no sense for a target.
+    """
+    inside = getattr(model, "_orig_mod", None)
+    model = (
+        inside if isinstance(inside, nn.Module) else model
+    )  # a compiled model: its paths are those of the original
+    existing = kept_by(model)
+    _check_name(name, existing)
+    _check_root(model, existing)
+    if isinstance(adapter, AdapterState):
+        if targets is not None or exclude is not None or seed is not None:
+            raise TargetError(
+                "An AdapterState says itself what it adapts: pass no targets, exclude or seed with it."
+            )
+        plan = _plan_state(model, adapter)
+        if existing is not None and existing.merged:
+            _check_beside_merged(existing, plan)
+        tensors: dict[str, Mapping[str, Tensor]] = dict(adapter.tensors)
+        base, info = adapter.spec.base, adapter.spec.info
+    else:
+        if existing is not None and existing.merged:
+            raise MergeError(
+                f"{listing(existing.routing.merged.names)} is merged into the weights that a new adapter "
+                "would start from. "
+                "Call lorakit.unmerge(model) first, or merge with permanent=True."
+            )
+        plan = _plan_method(model, adapter, targets, exclude)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        tensors = {path: method.start(target, generator) for path, (target, method) in plan.items()}
+        base, info = getattr(getattr(model, "config", None), "_name_or_path", None) or None, {}
+    spec = AdapterSpec(
+        {path: method for path, (_, method) in plan.items()},
+        {path: t.shape for path, (t, _) in plan.items()},
+        base,
+        info,
+    )
+    train = (not isinstance(adapter, AdapterState)) if trainable is None else trainable
+    keep_dtype = isinstance(adapter, AdapterState) and dtype is None
+    parameters = {
+        path: _parameters(target, method, tensors[path], dtype, keep_dtype, train)
+        for path, (target, method) in plan.items()
+    }
+    companions = _companions(model, plan)
+    _check_one_formula(plan, companions)
+    # Nothing has been touched so far, and nothing below can fail.
+    attachments = existing if existing is not None else Attachments()
+    if existing is None:
+        attachments.flags = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
+        keep(model, attachments)
+    if freeze:
+        _freeze(model)
+    attached = Attached(spec, {}, trainable=train)
+    for path, (target, method) in plan.items():
+        attached.slots[path] = _place(attachments, target, name, AdapterParameters(method, parameters[path]))
+    for path, target in companions:
+        method = plan[path][1]
+        attached.companions.append(
+            _place(attachments, target, name, AdapterParameters(method, parameters[path]))
+        )
+    attachments.adapters[name] = attached
+    if len(attachments.adapters) == 1:
+        attachments.routing.set_default(Mix.of(name))
+    return attach_report(model, attachments, name)
+
+
+def extract(model: nn.Module, name: str = "default") -> AdapterState:
+    """The adapter as data: a copy of its tensors, and what they are. The inverse of attaching the state.
+
+    Raises:
+        AdapterNameError: No adapter has that name.
+    """
+    return state_of(model, name, copy=True)
+
+
+def state_of(model: nn.Module, name: str, *, copy: bool) -> AdapterState:
+    """`extract`, or with ``copy=False`` the same on the live tensors, for saving."""
+    attachments = attachments_of(model)
+    tensors = {
+        path: {
+            key: p.detach().clone(memory_format=torch.contiguous_format) if copy else p.detach()
+            for key, p in adapter._parameters.items()
+            if p is not None
+        }
+        for path, adapter in attachments.parameters_of(name)
+    }
+    return AdapterState(attachments.adapter(name).spec, tensors)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter off, or all of them; with the last one the model is as it was before the first.
+
+    Merged weights are restored first, bit for bit; adapters that stay merged are merged again. Values,
+    state-dict keys, classes, hooks and ``requires_grad`` flags are those that `attach` found.
+
+    Raises:
+        AdapterNameError: No adapter has that name.
+        NotAttachedError: Nothing is attached.
+        RoutingError: It is in use in an open `use` block.
+        MergeError: It is merged, and a `use` block is open.
+    """
+    attachments = attachments_of(model)
+    names = list(attachments.adapters) if name is None else [name]
+    attachments.check_names(names)
+    routing = attachments.routing
+    busy = [n for n in names if any(n in route.names for route in routing.open_routes)]
+    if busy:
+        raise RoutingError(
+            f"{listing(busy)} is in use by an open `with lorakit.use(...)` block (here or in another thread); "
+            "detach outside of it."
+        )
+    stay_merged = OFF
+    if any(n in routing.merged.names for n in names):
+        if routing.open_scopes:
+            raise MergeError(
+                f"{listing(routing.merged.names)} is merged, and a `with lorakit.use(...)` block is open (here or "
+                "in another thread); detach outside of it."
+            )
+        stay_merged = _less(routing.merged, names)
+        check_finite(attachments, stay_merged)
+        restore_base(attachments, model)
+    if any(n in routing.default.names for n in names):
+        routing.set_default(_less(routing.default, names))
+    if attachments.default_before_merge is not None:
+        attachments.default_before_merge = _less(attachments.default_before_merge, names)
+    for gone in names:
+        attached = attachments.adapters.pop(gone)
+        for slot in (*attached.slots.values(), *attached.companions):
+            slot._modules.pop(gone, None)
+            if not slot._modules and slot in attachments.slots:
+                unbind(slot)
+                attachments.slots.remove(slot)
+    if attachments.adapters:
+        if stay_merged.weights:
+            merge(model, dict(stay_merged.weights))
+        return
+    root = next(m for m in model.modules() if kept_by(m) is attachments)
+    keep(root, None)
+    for path, parameter in root.named_parameters(remove_duplicate=False):
+        if path in attachments.flags:
+            parameter.requires_grad_(attachments.flags[path])
+
+
+def _less(mix: Mix, names: list[str]) -> Mix:
+    return Mix(tuple((n, w) for n, w in mix.weights if n not in names))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What an optimizer should get, by name: every parameter of the model that requires a gradient."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- planning
+# -------------------------------------------------------------------------------------------------------
+def _plan_method(
+    model: nn.Module,
+    adapter: Method | Mapping[str, Method],
+    targets: Selector | None,
+    exclude: Selector | None,
+) -> Plan:
+    if isinstance(adapter, Method):
+        choices: list[tuple[Selector, Method]] = [
+            (adapter.default_targets if targets is None else targets, adapter)
+        ]
+    elif isinstance(adapter, Mapping):
+        if targets is not None:
+            raise TargetError("A mapping names its targets in its keys: pass no targets with it.")
+        choices = [([key] if not key.startswith("all-") else key, method) for key, method in adapter.items()]
+    else:
+        raise TargetError(
+            "attach takes a method, a mapping from patterns to methods, or an AdapterState; got "
+            f"{type(adapter).__name__}."
+        )
+    plan: Plan = {}
+    for selector, method in choices:
+        if not isinstance(method, Method):
+            raise TargetError(
+                f"{selector!r} is mapped to {method!r}, which is not a method such as LoRA(r=8)."
+            )
+        found = find(model, selector, exclude=exclude if len(choices) == 1 else None, adapts=method.adapts)
+        _check_patterns(method, [t.path for t in found])
+        for target in found:
+            resolved = method.for_path(target.path)
+            check_bindable(target)
+            reason = resolved.supports(target)
+            if reason is not None:
+                raise UnsupportedTargetError(
+                    f"{type(method).__name__} cannot adapt {target.path!r}: {reason}."
+                )
+            plan[target.path] = (target, resolved)
+    if not plan:
+        raise TargetError("The mapping is empty: it names no target to adapt.")
+    if exclude is not None and len(choices) > 1:  # an exclusion holds for the mapping as a whole
+        left = without_excluded({path: target for path, (target, _) in plan.items()}, exclude)
+        plan = {path: plan[path] for path in left}
+    return plan
+
+
+def _check_beside_merged(existing: Attachments, plan: Plan) -> None:
+    for path, (_, method) in plan.items():
+        if not isinstance(method, DeltaMethod):
+            raise MergeError(
+                f"{listing(existing.routing.merged.names)} is merged, and {type(method).__name__} at {path!r} is "
+                "measured from the base weights. Call lorakit.unmerge(model) first."
+            )
+
+
+def _check_one_formula(plan: Plan, companions: list[tuple[str, Target]]) -> None:
+    """Refuse to adapt one weight from two sides when one of them is not additive: the two could not be told apart.
+
+    A layer's output is adapted by a hook, its weight by what the layer reads. Additive changes from both add up; but
+    DoRA on the output rescales whatever weight the layer has read.
+    """
+    sides: dict[tuple[int, str], list[tuple[Target, Method]]] = {}
+    followed = [(target, plan[path][1]) for path, target in companions]
+    for target, method in (*plan.values(), *followed):
+        sides.setdefault((id(target.module), target.parameter), []).append((target, method))
+    for acting in sides.values():
+        target = acting[0][0]
+        home = target.module._modules.get(HOME)
+        slots = [] if home is None else [home._modules.get(key) for key in (OUTPUT, target.parameter)]
+        acting += [
+            (slot.target, a.method)  # type: ignore[misc]
+            for slot in slots
+            if isinstance(slot, Slot) and slot.target.parameter == target.parameter
+            for a in slot._modules.values()
+        ]
+        hooked = [m for t, m in acting if t.binding == "forward"]
+        bound = [m for t, m in acting if t.binding == "parameter"]
+        odd = next((m for m in hooked if not isinstance(m, DeltaMethod)), None)
+        if bound and odd is not None:
+            raise UnsupportedTargetError(
+                f"The weight of {target.path!r} would be adapted both as a parameter ({type(bound[0]).__name__}) and "
+                f"through its layer's output ({type(odd).__name__}), which is defined on the base weight alone. "
+                "Choose one of them for this layer."
+            )
+
+
+def _check_patterns(method: Method, paths: list[str]) -> None:
+    for key in method.patterns():
+        if not any(pattern_matches(key, path) for path in paths):
+            ends = sorted({p.rsplit(".", 1)[-1] for p in paths})
+            raise UnmatchedTargetError(
+                f"The pattern {key!r} of {type(method).__name__} matches none of the {len(paths)} targets."
+                f"{near_matches(key, ends)} Targets end in: {listing(ends)}."
+            )
+
+
+def _plan_state(model: nn.Module, state: AdapterState) -> Plan:
+    plan: Plan = {}
+    missing: list[str] = []
+    for path, method in state.spec.methods.items():
+        want = state.spec.shapes[path]
+        target = parameter_target(model, path) if method.adapts == "parameter" else layer_target(model, path)
+        if isinstance(target, str):
+            raise UnsupportedTargetError(f"{path!r} cannot be adapted: {target}.")
+        if target is None:
+            missing.append(path)
+            continue
+        have = target.shape
+        if _facts(have) != _facts(want):
+            raise AdapterMismatchError(
+                f"The adapter was made for a {want.kind} target of {want} at {path!r}; this model has a "
+                f"{have.kind} of {have} "
+                "there. It belongs to another base model."
+            )
+        check_bindable(target)
+        reason = method.supports(target)
+        if reason is not None:
+            raise UnsupportedTargetError(f"{type(method).__name__} cannot adapt {path!r}: {reason}.")
+        plan[target.path] = (target, method)
+    if missing:
+        known = list(candidates(model))
+        raise AdapterMismatchError(
+            f"The adapter has {len(missing)} of {len(state.spec.methods)} targets that this "
+            f"{type(model).__name__} has not: "
+            f"{listing(missing, most=4)}.{near_matches(missing[0], known)} It belongs to another base "
+            "model, or was saved from "
+            "a part or a wrapper of this one."
+        )
+    return plan
+
+
+def _facts(shape: Shape) -> tuple[object, ...]:
+    return shape.batch, shape.out, shape.in_, shape.lookup, shape.kernel
+
+
+def _parameters(
+    target: Target,
+    method: Method,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    keep_dtype: bool,
+    train: bool,
+) -> dict[str, nn.Parameter]:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"An adapter's numbers are floating-point; got dtype={dtype}.")
+    stored = target.stored
+    wide = torch.promote_types(stored.dtype, torch.float32) if stored.is_floating_point() else torch.float32
+    parameters = {}
+    for key, tensor in tensors.items():
+        value = tensor.detach().to(device=stored.device, dtype=tensor.dtype if keep_dtype else dtype or wide)
+        value = target.arrange(method.roles.get(key, ""), value)
+        with torch.inference_mode(False):
+            # A state stays data: its tensors are never trained through the model. Nor can an inference tensor be.
+            if value.data_ptr() == tensor.data_ptr() or value.is_inference():
+                value = value.clone()
+            parameters[key] = nn.Parameter(value, requires_grad=train and key not in method.frozen)
+    return parameters
+
+
+def _companions(model: nn.Module, plan: Plan) -> list[tuple[str, Target]]:
+    """For methods that follow ties: the other layers that use the same stored weight."""
+    followers = {id(t.stored): path for path, (t, m) in plan.items() if m.follows_ties}
+    found: list[tuple[str, Target]] = []
+    if followers:
+        for path, module in model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is None or path in plan or HOME in path.split("."):
+                continue
+            if id(weight) in followers and stock_class(module).forward is nn.Linear.forward:
+                found.append((followers[id(weight)], LinearTarget(path, module, DenseStorage())))
+    return found
+
+
+# ---- doing
+# ----------------------------------------------------------------------------------------------------------
+def _place(attachments: Attachments, target: Target, name: str, adapter: AdapterParameters) -> Slot:
+    slot = find_slot(target)
+    if slot is None:
+        slot = Slot(target, attachments.routing)
+        bind(slot)
+        attachments.slots.append(slot)
+    adapter.train(target.module.training)
+    slot.put(name, adapter)
+    return slot
+
+
+def _freeze(model: nn.Module) -> None:
+    for path, parameter in model.named_parameters():
+        if HOME not in path.split("."):
+            parameter.requires_grad_(False)
+
+
+def _check_name(name: str, existing: Attachments | None) -> None:
+    if not isinstance(name, str) or not name or "." in name or "/" in name:
+        raise AdapterNameError(f"An adapter's name must be a word without dots or slashes; got {name!r}.")
+    if existing is not None and name in existing.adapters:
+        raise AdapterNameError(
+            f"An adapter called {name!r} is already attached. Choose another name, or call "
+            f"lorakit.detach(model, {name!r}) first."
+        )
+
+
+def _check_root(model: nn.Module, existing: Attachments | None) -> None:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise TargetError(
+            f"Attach to the model before it is wrapped in {type(model).__name__}: a wrapper made earlier would not "
+            "keep the adapter's parameters alike on all devices."
+        )
+    if existing is not None:
+        return
+    for path, module in model.named_modules():
+        if kept_by(module) is not None:
+            raise AdapterNameError(
+                f"Adapters were already attached to {path!r} inside this {type(model).__name__}. Attach "
+                "further ones to the same "
+                "module, or detach those first."
+            )
+        if HOME in module._modules:
+            raise AdapterNameError(
+                f"{path or 'This module'!r} carries adapters that were attached to a module that contains "
+                "it. Attach to that one."
+            )

@@ -1,0 +1,267 @@
+"""Binding: making a layer run its slots, and taking that back without a trace.
+
+Most layers get a forward hook. A weight that its module reads itself is *bound*: the module's class is
+replaced by a
+subclass with a property of the parameter's name, which reads the parameter and gives the adapted value. The
+parameter
+stays where it was, under its own name, so ties and state-dict keys do not change (a torch parametrization
+would move it), and ``isinstance`` still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.attach.routing import use_scope
+from lorakit.attach.slot import HOME, OUTPUT, Slot, output_hook
+from lorakit.core.route import Rows
+from lorakit.core.target import Target, stock_class
+from lorakit.errors import RoutingError, UnsupportedTargetError
+
+_BOUND: dict[tuple[type, tuple[str, ...]], type] = {}
+# Values read so far in the running forward pass of a bound module: a module that reads its experts one by
+# one would
+# otherwise rebuild the whole stack at every read.
+_READ: ContextVar[dict[tuple[int, str], Tensor] | None] = ContextVar("lorakit_read", default=None)
+
+
+def slot_key(target: Target) -> str:
+    """The slot's name in ``layer.lorakit``."""
+    return OUTPUT if target.binding == "forward" else target.parameter
+
+
+def find_slot(target: Target) -> Slot | None:
+    """The slot that already serves this target's layer, if any."""
+    home = target.module._modules.get(HOME)
+    slot = None if home is None else home._modules.get(slot_key(target))
+    return slot if isinstance(slot, Slot) else None
+
+
+def bind(slot: Slot) -> None:
+    """Make the slot's layer run it."""
+    module, key = slot.target.module, slot_key(slot.target)
+    home = module._modules.get(HOME)
+    if home is None:
+        home = nn.Module()
+        home.train(module.training)
+        module._modules[HOME] = home
+    slot.train(module.training)
+    home._modules[key] = slot
+    if key == OUTPUT:
+        slot.hook_id = module.register_forward_hook(output_hook, prepend=True, with_kwargs=True).id
+        return
+    _rebind(module)
+    if isinstance(module, nn.MultiheadAttention):
+        slot.hook_id = module.register_forward_hook(_off_the_fast_path).id
+
+
+def unbind(slot: Slot) -> None:
+    """Leave the layer as it was before ``bind``."""
+    module, key = slot.target.module, slot_key(slot.target)
+    home = module._modules[HOME]
+    assert home is not None
+    del home._modules[key]
+    for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
+        table.pop(slot.hook_id, None)
+    if not home._modules:
+        del module._modules[HOME]
+    if key != OUTPUT:
+        _rebind(module)
+
+
+def _off_the_fast_path(module: nn.Module, args: Any, output: Any) -> None:
+    """Does nothing; a layer that has a hook inside is not run by ``nn.TransformerEncoderLayer``'s fused kernel.
+
+    That kernel reads the attention's weights without calling it, so the rows of a batch could not be told apart.
+    """
+
+
+def check_bindable(target: Target) -> None:
+    """Refuse a module that a slot cannot live in.
+
+    Raises:
+        UnsupportedTargetError: The module iterates over its children, or has slots of its own kind.
+    """
+    if isinstance(
+        target.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    ):
+        raise UnsupportedTargetError(
+            f"{target.path!r} belongs to a {type(target.module).__name__}, which runs every child it has, "
+            "so nothing can be "
+            "added to it. Put the parameter in a module of its own."
+        )
+
+
+def _rebind(module: nn.Module) -> None:
+    """Give the module the class that binds exactly the parameters that have slots."""
+    home = module._modules.get(HOME)
+    names = tuple(sorted(key for key in home._modules if key != OUTPUT)) if home is not None else ()
+    stock = stock_class(module)
+    module.__class__ = bound_class(stock, names) if names else stock
+
+
+def bound_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of ``stock`` that binds these parameters; one class for all modules alike."""
+    key = (stock, names)
+    if key not in _BOUND:
+        body: dict[str, Any] = {name: _bound_property(name) for name in names}
+        body |= {
+            "__module__": stock.__module__,
+            "__qualname__": stock.__qualname__,
+            "__doc__": stock.__doc__,
+            "__reduce_ex__": _reduce,
+            "_lorakit_stock_class": stock,
+            "_lorakit_bound": names,
+            "forward": _bound_forward(stock.forward),
+        }
+        _BOUND[key] = type(stock.__name__, (stock,), body)
+    return _BOUND[key]
+
+
+def _bound_property(name: str) -> property:
+    def read(module: nn.Module) -> Any:
+        base = module._parameters[name]
+        home = module._modules.get(HOME)
+        if base is None or home is None:
+            return base
+        seen = None if torch.compiler.is_compiling() else _READ.get()
+        if seen is not None and (id(module), name) in seen:
+            return seen[id(module), name]
+        value = home._modules[name].effective(base)  # type: ignore[operator, union-attr]
+        if seen is not None:
+            seen[id(module), name] = value
+        return value
+
+    return property(read, doc=f"The parameter {name!r}, adapted under the present route.")
+
+
+def _bound_forward(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return stock_forward(self, *args, **kwargs)
+        slot = _any_slot(self)
+        route = None if slot is None else slot.routing.current(slot.training)
+        if isinstance(route, Rows):
+            assert slot is not None
+            return _by_rows(self, slot, route, stock_forward, args, kwargs)
+        token = _READ.set({})
+        try:
+            return stock_forward(self, *args, **kwargs)
+        finally:
+            _READ.reset(token)
+
+    return forward
+
+
+def _any_slot(module: nn.Module) -> Slot | None:
+    home = module._modules.get(HOME)
+    return (
+        None
+        if home is None
+        else next((s for k, s in home._modules.items() if k != OUTPUT and isinstance(s, Slot)), None)
+    )
+
+
+def _by_rows(
+    module: nn.Module,
+    slot: Slot,
+    route: Rows,
+    stock_forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run the module once per adapter on its own rows, and put the outputs together.
+
+    The batch is dimension 0 of every tensor of that length, or dimension 1 for attention that is not
+    ``batch_first``.
+    """
+    size = len(route.index)
+    if isinstance(module, nn.MultiheadAttention):
+        kwargs, args = {**dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)), **kwargs}, ()
+        dim = 0 if module.batch_first else 1
+        batched = kwargs["query"].dim() == 3
+    else:
+        dim, batched = 0, True
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    if not batched or not tensors or tensors[0].dim() <= dim or tensors[0].shape[dim] != size:
+        found = tuple(tensors[0].shape) if tensors else "none"
+        raise RoutingError(
+            f"rows names {size} rows, but {slot.target.path!r} belongs to a {stock_class(module).__name__} "
+            "whose input has "
+            f"size {found}: its rows cannot be told apart. Run the rows of each adapter in a call of their "
+            "own."
+        )
+    take = _take_attention if isinstance(module, nn.MultiheadAttention) else _take
+    pieces, order = [], []
+    for mix, rows in route.groups:
+        index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        order.append(index)
+        with use_scope(slot.routing, mix):
+            token = _READ.set({})
+            try:
+                own = [take("", value, index, dim, size) for value in args]
+                named = {key: take(key, value, index, dim, size) for key, value in kwargs.items()}
+                pieces.append(stock_forward(module, *own, **named))
+            finally:
+                _READ.reset(token)
+    return _together(pieces, torch.argsort(torch.cat(order)), dim)
+
+
+_ATTENTION_ARGUMENTS = (
+    "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal",
+)  # fmt: skip
+
+
+def _take(key: str, value: Any, index: Tensor, dim: int, size: int) -> Any:
+    """The rows of one argument; anything that is not a tensor with the batch in front is passed on whole."""
+    if not isinstance(value, Tensor) or value.dim() <= dim or value.shape[dim] != size:
+        return value
+    return value.index_select(dim, index.to(value.device))
+
+
+def _take_attention(key: str, value: Any, index: Tensor, dim: int, size: int) -> Any:
+    """The rows of one argument of ``nn.MultiheadAttention``, each with its own place for the batch."""
+    if not isinstance(value, Tensor):
+        return value
+    index = index.to(value.device)
+    if key in ("query", "key", "value"):
+        return value.index_select(dim, index)
+    if key == "key_padding_mask":
+        return value.index_select(0, index)
+    if key == "attn_mask" and value.dim() == 3:  # (rows * heads, L, S)
+        return value.unflatten(0, (size, value.shape[0] // size)).index_select(0, index).flatten(0, 1)
+    return value
+
+
+def _together(pieces: list[Any], back: Tensor, dim: int) -> Any:
+    first = pieces[0]
+    if isinstance(first, Tensor):
+        return torch.cat(pieces, dim).index_select(dim, back.to(first.device))
+    if isinstance(first, tuple):
+        # Attention returns its weights as (rows, ...), whatever the layout of its output.
+        return tuple(_together([p[i] for p in pieces], back, dim if i == 0 else 0) for i in range(len(first)))
+    if first is None:
+        return None
+    raise RoutingError(
+        f"rows=... cannot put outputs of type {type(first).__name__} together; run each adapter's rows alone."
+    )
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickle and copy a bound module: its class is made anew from the stock class and the bound names."""
+    cls: Any = type(self)
+    get_state = getattr(self, "__getstate__", None)  # object has it from Python 3.11 on
+    return (
+        _rebuild,
+        (cls._lorakit_stock_class, cls._lorakit_bound),
+        get_state() if get_state else self.__dict__,
+    )
+
+
+def _rebuild(stock: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    return object.__new__(bound_class(stock, names))

@@ -1,0 +1,173 @@
+"""A slot: the adapters of one target, and how a route runs through them.
+
+It is a child module of the layer (``layer.lorakit.output`` or ``layer.lorakit.<parameter>``), so the layer's
+own
+names, class and state-dict keys stay as they are, and ``train``, ``to``, ``state_dict`` and ``parameters``
+reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
+from torch.utils.hooks import RemovableHandle
+
+from lorakit.attach.routing import Routing
+from lorakit.core.method import DeltaMethod, Method, WeightMethod
+from lorakit.core.route import Mix, Route, Rows
+from lorakit.core.target import Target
+from lorakit.errors import RoutingError
+
+HOME = "lorakit"
+OUTPUT = "output"
+
+
+class AdapterParameters(nn.Module):
+    """The parameters of one adapter at one target."""
+
+    def __init__(self, method: Method, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.method = method
+        self._parameters.update(parameters)
+
+
+class Slot(nn.Module):
+    """The adapters of one target. Adapter names are the names of its child modules."""
+
+    def __init__(self, target: Target, routing: Routing) -> None:
+        super().__init__()
+        self.target, self.routing = target, routing
+        self.ran = False
+        self.hook_id = -1
+
+    def put(self, name: str, adapter: AdapterParameters) -> None:
+        """Add an adapter; any name works, also one that is an attribute of modules."""
+        self._modules[name] = adapter
+
+    def adapter(self, name: str) -> AdapterParameters | None:
+        """The adapter of that name, if it has parameters here."""
+        return self._modules.get(name)  # type: ignore[return-value]
+
+    # ---- a hooked layer's output
+    # -------------------------------------------------------------------------------------
+    def adapt_output(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output under the route of this call; ``y`` is its base output and may be reused."""
+        if not self.ran and not torch.compiler.is_compiling():
+            self.ran = True
+        route = self.routing.current(self.training)
+        if y.is_nested:
+            return self._nested(route, x, y)
+        if isinstance(route, Mix):
+            return self._mix(route, x, y)
+        return self._rows(route, x, y)
+
+    def _mix(self, mix: Mix, x: Tensor, y: Tensor) -> Tensor:
+        acting = [(self._modules[name], weight) for name, weight in mix.weights if name in self._modules]
+        target, training = self.target, self.training
+        if len(acting) == 1 and acting[0][1] == 1:
+            only: Any = acting[0][0]
+            return only.method.forward(target, only._parameters, x, y, training=training)  # type: ignore[no-any-return]
+        if all(isinstance(adapter.method, DeltaMethod) for adapter, _ in acting):  # type: ignore[union-attr]
+            for adapter, weight in acting:
+                y = adapter.method.add_to(target, adapter._parameters, x, y, weight=weight, training=training)  # type: ignore[operator, union-attr]
+            return y
+        total = y.clone()
+        for adapter, weight in acting:
+            changed = adapter.method.forward(target, adapter._parameters, x, y.clone(), training=training)  # type: ignore[operator, union-attr]
+            total = total + weight * (changed - y)
+        return total
+
+    def _nested(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
+        """Rows of different lengths in one nested tensor, as ``nn.TransformerEncoder`` makes of padded input."""
+        if not isinstance(route, Mix) or y.layout is not torch.strided:
+            raise RoutingError(
+                f"{self.target.path!r} received a nested tensor ({y.layout}), whose rows cannot be routed one by one. "
+                "Pass padded tensors (nn.TransformerEncoder: enable_nested_tensor=False)."
+            )
+        packed = x.contiguous().values().view(-1, self.target.in_)
+        tokens = self._mix(route, packed, y.contiguous().values().view(-1, self.target.out))
+        if tokens.requires_grad:
+            raise RoutingError(
+                f"{self.target.path!r} received a nested tensor, and torch cannot differentiate what follows. Run under "
+                "torch.no_grad(), or put the model in train mode (nn.TransformerEncoder then keeps the padding)."
+            )
+        lengths = [row.shape[0] for row in y.unbind()]
+        return torch.nested.as_nested_tensor(list(tokens.split(lengths)))
+
+    def _rows(self, route: Rows, x: Tensor, y: Tensor) -> Tensor:
+        shape = self.target.shape
+        batched = x.dim() >= (
+            1 if shape.lookup else len(shape.kernel) + 2
+        )  # else dimension 0 is not the batch
+        if not batched or x.shape[0] != len(route.index):
+            if (
+                x.dim() >= 2 and x.shape[0] == 1 and x.shape[1] == len(route.index)
+            ):  # one packed row: a route per token
+                return self._rows(route, x[0], y[0]).unsqueeze(0)
+            raise RoutingError(
+                f"rows names {len(route.index)} rows, but {self.target.path!r} received an input of size "
+                f"{tuple(x.shape)}: "
+                "give one entry per row of the batch (after any repetition by beams), or per token of one "
+                "packed row."
+            )
+        if not torch.is_grad_enabled():
+            for mix, rows in route.groups:
+                if any(name in self._modules for name in mix.names):
+                    part = y[rows]
+                    changed = self._mix(mix, x[rows], part)
+                    if changed is not part or not isinstance(rows, slice):
+                        y[rows] = changed
+            return y
+        order, pieces = [], []
+        for mix, rows in route.groups:
+            index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+            order.append(index)
+            pieces.append(self._mix(mix, x[rows], y[rows].clone()))
+        back = torch.argsort(torch.cat(order)).to(y.device)
+        return torch.cat(pieces).index_select(0, back)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # In a new process torch counts its hooks from 0: it must not give this slot's number to another hook.
+        taken = self.__dict__.get("hook_id", -1)
+        RemovableHandle.next_id = max(RemovableHandle.next_id, taken + 1)
+
+    # ---- a bound parameter's value
+    # -----------------------------------------------------------------------------------
+    def effective(self, base: Tensor) -> Tensor:
+        """The value that the layer reads for its parameter under the route of this call."""
+        if not self.ran and not torch.compiler.is_compiling():
+            self.ran = True
+        route = self.routing.current(self.training)
+        if not isinstance(route, Mix):
+            raise RoutingError(
+                f"rows=... cannot reach {self.target.path!r}: it was read outside the forward pass of its "
+                "own module. "
+                "Run the rows of each adapter in a call of their own."
+            )
+        acting = [(self._modules[name], weight) for name, weight in route.weights if name in self._modules]
+        if not acting:
+            return base
+        W = total = self.target.to_matrix(base)
+        for adapter, weight in acting:
+            total = adapter.method.fold(self.target, adapter._parameters, total, W, weight)  # type: ignore[operator, union-attr]
+        return self.target.from_matrix(total)
+
+    def mergeable(self) -> bool:
+        """Whether every adapter here defines a weight."""
+        return all(isinstance(a.method, WeightMethod) for a in self._modules.values())  # type: ignore[union-attr]
+
+
+def output_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """The forward hook of an adapted layer; a plain function, so copies and pickles of the model work."""
+    slot = module._modules[HOME]._modules[OUTPUT]  # type: ignore[union-attr]
+    x = args[0] if args else next(iter(kwargs.values()))
+    # The output may be reused only if nobody else has seen it: no hook that ran before this one, no patched forward.
+    first = next(iter(module._forward_hooks))
+    if first != slot.hook_id or _global_forward_hooks or "forward" in module.__dict__:  # type: ignore[union-attr]
+        output = output.clone()
+    return slot.adapt_output(x, output)  # type: ignore[operator, union-attr]

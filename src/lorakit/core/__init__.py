@@ -1,0 +1,27 @@
+"""The contracts: targets and storages, methods, adapters as data, routes, and the selection of targets."""
+
+from lorakit.core.adapter import AdapterSpec, AdapterState
+from lorakit.core.method import DeltaMethod, Factors, LowRankMethod, Method, WeightMethod
+from lorakit.core.registry import METHODS, method_from_json, register
+from lorakit.core.route import OFF, Mix, Route, Rows
+from lorakit.core.target import Shape, Storage, Target
+
+__all__ = [
+    "METHODS",
+    "OFF",
+    "AdapterSpec",
+    "AdapterState",
+    "DeltaMethod",
+    "Factors",
+    "LowRankMethod",
+    "Method",
+    "Mix",
+    "Route",
+    "Rows",
+    "Shape",
+    "Storage",
+    "Target",
+    "WeightMethod",
+    "method_from_json",
+    "register",
+]

@@ -1,0 +1,191 @@
+"""What a method is: a formula for the new weight. Each tier derives more from less.
+
+| tier | says | derived |
+|---|---|---|
+| `Method` | `shapes`, `start`, `forward` | routing, saving, counting |
+| `WeightMethod` | `weight`: the new weight | forward, merge, export |
+| `DeltaMethod` | `delta`: what is added | weight, forward |
+| `LowRankMethod` | `factors`: `A`, `B`, scale | delta, the fused forward, serving, rank tools |
+
+A method is a frozen dataclass: the configuration *is* the method. It never sees a layer class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorakit.core.target import Shape, Target
+
+Tensors = Mapping[str, Tensor]
+
+
+class Factors(NamedTuple):
+    """A low-rank change ``scale * B A``: ``A`` ``(*batch, r, in)``, ``B`` ``(*batch, out, r)``."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class Method(ABC):
+    """One way to adapt a target.
+
+    Attributes:
+        name: The registered name, used in files.
+        roles: Parameter name to role: ``"A"`` and ``"B"`` are the factors that LoRA+ gives their own learning
+            rates; ``"magnitude"``, ``"copy"`` and ``"bias"`` say what they are.
+        frozen: Names of parameters that are never trained.
+        default_targets: What is adapted when the user names no targets.
+        adapts: Whether a name means a layer, or every parameter of what is named.
+        follows_ties: Whether the change acts wherever the weight is tied to, and not only at the target named.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[Mapping[str, str]] = {}
+    default_targets: ClassVar[str] = "all-linear"
+    adapts: ClassVar[Literal["layer", "parameter"]] = "layer"
+    follows_ties: ClassVar[bool] = False
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of parameters that are never trained."""
+        return frozenset()
+
+    @abstractmethod
+    def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """Parameter name to size, from the facts of a target alone: what a planner counts."""
+
+    @abstractmethod
+    def start(self, target: Target, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Fresh parameters for a target, on the CPU or on the target's device, in at least float32."""
+
+    @abstractmethod
+    def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
+        """The adapted output.
+
+        Args:
+            target: The layer.
+            p: This adapter's parameters at this target.
+            x: The layer's input.
+            y: The layer's base output, owned by the callee: it may be changed in place and returned.
+            training: Whether dropout is active.
+        """
+
+    def supports(self, target: Target) -> str | None:
+        """Why this method cannot adapt this target, or None when it can."""
+        return None
+
+    def for_path(self, path: str) -> Method:
+        """This method with its per-pattern settings resolved for one target."""
+        return self
+
+    def patterns(self) -> tuple[str, ...]:
+        """The per-pattern keys, so that one which matches nothing can be refused."""
+        return ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that `method_from_json` turns back into an equal method."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"method": self.name, **{k: _plain(v) for k, v in fields.items()}}
+
+
+class WeightMethod(Method):
+    """A method that defines the new weight: it can be merged."""
+
+    @abstractmethod
+    def weight(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
+        """The new weight ``(*batch, out, in)`` from the base ``W`` of the same size."""
+
+    def bias_delta(self, target: Target, p: Tensors) -> Tensor | None:
+        """What is added to the layer's bias ``(out,)``, or None."""
+        return None
+
+    def fold(self, target: Target, p: Tensors, W: Tensor, base: Tensor, weight: float) -> Tensor:
+        """``W + weight * (weight(base) - base)``: one step of a merge that started at ``W = base``."""
+        new = self.weight(target, p, base)
+        return new if W is base and weight == 1 else torch.add(W, new - base, alpha=weight)
+
+    def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
+        """Derived: apply the new weight. A faster override must equal this."""
+        return target.add_bias(target.apply(x, self.weight(target, p, target.weight()).to(x.dtype)))
+
+
+class DeltaMethod(WeightMethod):
+    """A method whose new weight is the base plus a change that does not depend on the base."""
+
+    @abstractmethod
+    def delta(self, target: Target, p: Tensors) -> Tensor:
+        """The change, ``(*batch, out, in)``."""
+
+    def weight(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
+        """``W + delta``."""
+        return W + self.delta(target, p)
+
+    def fold(self, target: Target, p: Tensors, W: Tensor, base: Tensor, weight: float) -> Tensor:
+        """``W + weight * delta``."""
+        return torch.add(W, self.delta(target, p).to(W.dtype), alpha=weight)
+
+    def add_to(
+        self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, weight: float = 1.0, training: bool = False
+    ) -> Tensor:
+        """``y + weight * apply(x, delta)``; may reuse the memory of ``y``."""
+        return torch.add(y, target.apply(x, self.delta(target, p).to(y.dtype)), alpha=weight)
+
+    def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
+        """``add_to`` with weight one."""
+        return self.add_to(target, p, x, y, training=training)
+
+
+class LowRankMethod(DeltaMethod):
+    """A method whose change is ``scale * B A``."""
+
+    @property
+    def input_dropout(self) -> float:
+        """Probability of dropping entries of the input on the way to ``A``, in training."""
+        return 0.0
+
+    @abstractmethod
+    def factors(self, target: Target | Shape, p: Tensors) -> Factors:
+        """``A``, ``B`` and the scale."""
+
+    def delta(self, target: Target, p: Tensors) -> Tensor:
+        """``scale * B A``."""
+        A, B, scale = self.factors(target, p)
+        return scale * (B @ A)
+
+    def weight(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
+        """``W + scale * B A`` with no temporary of that size."""
+        return self.fold(target, p, W, W, 1.0)
+
+    def fold(self, target: Target, p: Tensors, W: Tensor, base: Tensor, weight: float) -> Tensor:
+        """``W + weight * scale * B A``, accumulated in one product."""
+        A, B, scale = self.factors(target, p)
+        A, B = A.to(W.dtype), B.to(W.dtype)
+        if W.dim() == 2:
+            return torch.addmm(W, B, A, alpha=scale * weight)
+        flat = [t.reshape(-1, *t.shape[-2:]) for t in (W, B, A)]
+        return torch.baddbmm(*flat, alpha=scale * weight).reshape(W.shape)
+
+    def add_to(
+        self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, weight: float = 1.0, training: bool = False
+    ) -> Tensor:
+        """The fused low-rank product."""
+        A, B, scale = self.factors(target, p)
+        return target.add_low_rank(y, x, A, B, scale * weight, self.input_dropout if training else 0.0)
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON can hold it."""
+    if isinstance(value, Method):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list, frozenset)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,76 @@
+"""Choosing targets by pattern, and saying what was meant when a pattern matches nothing.
+
+The rules are those users of PEFT know: an entry of a list is a path or the end of one (``"q_proj"``,
+``"layers.0.mlp.up_proj"``); a string is a preset or a regular expression for the whole path; a callable
+decides by path and module. One entry that matches nothing is an error, however many others match.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from lorakit.errors import ConfigError, UnmatchedTargetError, listing, near_matches
+
+Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
+PRESETS = ("all-linear", "all-parameters", "all-bias")
+
+
+def pattern_matches(key: str, path: str) -> bool:
+    """PEFT's rule for ``rank_pattern``: a regular expression for the path's end, or after ``^`` for all of it."""
+    try:
+        return re.match(rf"(.*\.)?({key})$", path) is not None
+    except re.error as error:
+        raise ConfigError(f"The pattern {key!r} is not a regular expression: {error}.") from None
+
+
+def ends_with(path: str, entry: str) -> bool:
+    """Whether an entry of a list names this path."""
+    return path == entry or path.endswith("." + entry)
+
+
+def entry_matches(entry: str, paths: Iterable[str]) -> list[str]:
+    """The paths that an entry of a list names."""
+    return [path for path in paths if ends_with(path, entry)]
+
+
+def fullmatch(expression: str, paths: Iterable[str]) -> list[str]:
+    """The paths that a regular expression matches whole.
+
+    Raises:
+        ConfigError: It is not a regular expression.
+    """
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        raise ConfigError(
+            f"The target pattern {expression!r} is not a regular expression: {error}."
+        ) from None
+    return [path for path in paths if compiled.fullmatch(path)]
+
+
+def unmatched(entry: str, paths: Sequence[str], *, what: str = "target") -> UnmatchedTargetError:
+    """The error for an entry that names nothing, with the nearest names that would have."""
+    ends = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+    hint = near_matches(entry.rsplit(".", 1)[-1], ends)
+    return UnmatchedTargetError(
+        f"The {what} {entry!r} matches nothing in this model.{hint} It has: "
+        f"{listing(sorted(ends), most=20) or 'no layer to adapt'}."
+    )
+
+
+def unmatched_expression(expression: str, paths: Sequence[str]) -> UnmatchedTargetError:
+    """The error for a string that is neither a preset nor a regular expression for any path."""
+    hint = near_matches(expression, PRESETS)
+    if entry_matches(expression, paths):
+        hint = (
+            " A string is a regular expression for the whole path; to name layers by their ending, give a list: "
+            f"[{expression!r}]."
+        )
+    ends = sorted(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
+    return UnmatchedTargetError(
+        f"The target pattern {expression!r} matches nothing in this model.{hint} "
+        f"Presets: {', '.join(PRESETS)}. Layers here: {listing(ends, most=20)}."
+    )
