@@ -1,0 +1,21 @@
+"""Base models: naming them, fetching the built-in ones, and loading them with their tokenizers.
+
+Importing this package imports no transformers; the functions that need it do so when called.
+"""
+
+from lorakit.models.builtin import BUILTINS, Builtin, model_folder
+from lorakit.models.cache import cache_folder
+from lorakit.models.load import Task, load_model, load_tokenizer
+from lorakit.models.resolve import ResolvedModel, resolve
+
+__all__ = [
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+    "ResolvedModel",
+    "Task",
+    "model_folder",
+    "BUILTINS",
+    "Builtin",
+    "cache_folder",
+]
