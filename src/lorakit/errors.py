@@ -15,6 +15,7 @@ LorakitError
 │   └── AdapterMismatchError            a sound file that does not fit this model
 ├── DataError (ValueError)              a data file: which line, what was wrong
 ├── ExecutionError (RuntimeError)       a SQL query that could not be run
+├── TrainingError (RuntimeError)        a run that cannot go on: the loss is not finite, nothing to resume
 ├── ModelError (ValueError)             a base model that cannot be found, fetched or read
 └── MissingDependencyError (ImportError) an extra that is not installed
 ```
@@ -85,6 +86,10 @@ class DataError(LorakitError, ValueError):
 
 class ExecutionError(LorakitError, RuntimeError):
     """A SQL query could not be run."""
+
+
+class TrainingError(LorakitError, RuntimeError):
+    """A training run cannot go on, or there is none to resume."""
 
 
 class ModelError(LorakitError, ValueError):

@@ -8,32 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.attachments import Attached, Attachments, attachments_of, keep, kept_by
-from lorakit.attach.binding import bind, check_bindable, find_slot, unbind
+from lorakit.attach.binding import bind, find_slot, unbind
 from lorakit.attach.merge import check_finite, merge, restore_base
+from lorakit.attach.planning import (
+    check_beside_merged,
+    check_one_formula,
+    companions_of,
+    plan_method,
+    plan_state,
+)
 from lorakit.attach.report import AttachReport, attach_report
-from lorakit.attach.slot import HOME, OUTPUT, AdapterParameters, Slot
+from lorakit.attach.slot import AdapterParameters, Slot
 from lorakit.core.adapter import AdapterSpec, AdapterState
-from lorakit.core.method import DeltaMethod, Method
+from lorakit.core.method import Method
 from lorakit.core.route import OFF, Mix
-from lorakit.core.selection import Selector, pattern_matches
-from lorakit.core.target import Shape, Target, stock_class
+from lorakit.core.selection import Selector
+from lorakit.core.target import Target
+from lorakit.core.walk import HOME, base_parameters
 from lorakit.errors import (
-    AdapterMismatchError,
     AdapterNameError,
     ConfigError,
     MergeError,
     RoutingError,
     TargetError,
-    UnmatchedTargetError,
-    UnsupportedTargetError,
     listing,
-    near_matches,
 )
-from lorakit.targets.dense import DenseStorage
-from lorakit.targets.find import candidates, find, layer_target, parameter_target, without_excluded
-from lorakit.targets.linear import LinearTarget
-
-Plan = dict[str, tuple[Target, Method]]
 
 
 def attach(
@@ -91,9 +90,9 @@ def attach(
             raise TargetError(
                 "An AdapterState says itself what it adapts: pass no targets, exclude or seed with it."
             )
-        plan = _plan_state(model, adapter)
+        plan = plan_state(model, adapter)
         if existing is not None and existing.merged:
-            _check_beside_merged(existing, plan)
+            check_beside_merged(existing, plan)
         tensors: dict[str, Mapping[str, Tensor]] = dict(adapter.tensors)
         base, info = adapter.spec.base, adapter.spec.info
     else:
@@ -103,7 +102,7 @@ def attach(
                 "would start from. "
                 "Call lorakit.unmerge(model) first, or merge with permanent=True."
             )
-        plan = _plan_method(model, adapter, targets, exclude)
+        plan = plan_method(model, adapter, targets, exclude)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         tensors = {path: method.start(target, generator) for path, (target, method) in plan.items()}
         base, info = getattr(getattr(model, "config", None), "_name_or_path", None) or None, {}
@@ -119,8 +118,8 @@ def attach(
         path: _parameters(target, method, tensors[path], dtype, keep_dtype, train)
         for path, (target, method) in plan.items()
     }
-    companions = _companions(model, plan)
-    _check_one_formula(plan, companions)
+    companions = companions_of(model, plan)
+    check_one_formula(plan, companions)
     # Nothing has been touched so far, and nothing below can fail.
     attachments = existing if existing is not None else Attachments()
     if existing is None:
@@ -228,141 +227,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-# ---- planning
-# -------------------------------------------------------------------------------------------------------
-def _plan_method(
-    model: nn.Module,
-    adapter: Method | Mapping[str, Method],
-    targets: Selector | None,
-    exclude: Selector | None,
-) -> Plan:
-    if isinstance(adapter, Method):
-        choices: list[tuple[Selector, Method]] = [
-            (adapter.default_targets if targets is None else targets, adapter)
-        ]
-    elif isinstance(adapter, Mapping):
-        if targets is not None:
-            raise TargetError("A mapping names its targets in its keys: pass no targets with it.")
-        choices = [([key] if not key.startswith("all-") else key, method) for key, method in adapter.items()]
-    else:
-        raise TargetError(
-            "attach takes a method, a mapping from patterns to methods, or an AdapterState; got "
-            f"{type(adapter).__name__}."
-        )
-    plan: Plan = {}
-    for selector, method in choices:
-        if not isinstance(method, Method):
-            raise TargetError(
-                f"{selector!r} is mapped to {method!r}, which is not a method such as LoRA(r=8)."
-            )
-        found = find(model, selector, exclude=exclude if len(choices) == 1 else None, adapts=method.adapts)
-        _check_patterns(method, [t.path for t in found])
-        for target in found:
-            resolved = method.for_path(target.path)
-            check_bindable(target)
-            reason = resolved.supports(target)
-            if reason is not None:
-                raise UnsupportedTargetError(
-                    f"{type(method).__name__} cannot adapt {target.path!r}: {reason}."
-                )
-            plan[target.path] = (target, resolved)
-    if not plan:
-        raise TargetError("The mapping is empty: it names no target to adapt.")
-    if exclude is not None and len(choices) > 1:  # an exclusion holds for the mapping as a whole
-        left = without_excluded({path: target for path, (target, _) in plan.items()}, exclude)
-        plan = {path: plan[path] for path in left}
-    return plan
-
-
-def _check_beside_merged(existing: Attachments, plan: Plan) -> None:
-    for path, (_, method) in plan.items():
-        if not isinstance(method, DeltaMethod):
-            raise MergeError(
-                f"{listing(existing.routing.merged.names)} is merged, and {type(method).__name__} at {path!r} is "
-                "measured from the base weights. Call lorakit.unmerge(model) first."
-            )
-
-
-def _check_one_formula(plan: Plan, companions: list[tuple[str, Target]]) -> None:
-    """Refuse to adapt one weight from two sides when one of them is not additive: the two could not be told apart.
-
-    A layer's output is adapted by a hook, its weight by what the layer reads. Additive changes from both add up; but
-    DoRA on the output rescales whatever weight the layer has read.
-    """
-    sides: dict[tuple[int, str], list[tuple[Target, Method]]] = {}
-    followed = [(target, plan[path][1]) for path, target in companions]
-    for target, method in (*plan.values(), *followed):
-        sides.setdefault((id(target.module), target.parameter), []).append((target, method))
-    for acting in sides.values():
-        target = acting[0][0]
-        home = target.module._modules.get(HOME)
-        slots = [] if home is None else [home._modules.get(key) for key in (OUTPUT, target.parameter)]
-        acting += [
-            (slot.target, a.method)  # type: ignore[misc]
-            for slot in slots
-            if isinstance(slot, Slot) and slot.target.parameter == target.parameter
-            for a in slot._modules.values()
-        ]
-        hooked = [m for t, m in acting if t.binding == "forward"]
-        bound = [m for t, m in acting if t.binding == "parameter"]
-        odd = next((m for m in hooked if not isinstance(m, DeltaMethod)), None)
-        if bound and odd is not None:
-            raise UnsupportedTargetError(
-                f"The weight of {target.path!r} would be adapted both as a parameter ({type(bound[0]).__name__}) and "
-                f"through its layer's output ({type(odd).__name__}), which is defined on the base weight alone. "
-                "Choose one of them for this layer."
-            )
-
-
-def _check_patterns(method: Method, paths: list[str]) -> None:
-    for key in method.patterns():
-        if not any(pattern_matches(key, path) for path in paths):
-            ends = sorted({p.rsplit(".", 1)[-1] for p in paths})
-            raise UnmatchedTargetError(
-                f"The pattern {key!r} of {type(method).__name__} matches none of the {len(paths)} targets."
-                f"{near_matches(key, ends)} Targets end in: {listing(ends)}."
-            )
-
-
-def _plan_state(model: nn.Module, state: AdapterState) -> Plan:
-    plan: Plan = {}
-    missing: list[str] = []
-    for path, method in state.spec.methods.items():
-        want = state.spec.shapes[path]
-        target = parameter_target(model, path) if method.adapts == "parameter" else layer_target(model, path)
-        if isinstance(target, str):
-            raise UnsupportedTargetError(f"{path!r} cannot be adapted: {target}.")
-        if target is None:
-            missing.append(path)
-            continue
-        have = target.shape
-        if _facts(have) != _facts(want):
-            raise AdapterMismatchError(
-                f"The adapter was made for a {want.kind} target of {want} at {path!r}; this model has a "
-                f"{have.kind} of {have} "
-                "there. It belongs to another base model."
-            )
-        check_bindable(target)
-        reason = method.supports(target)
-        if reason is not None:
-            raise UnsupportedTargetError(f"{type(method).__name__} cannot adapt {path!r}: {reason}.")
-        plan[target.path] = (target, method)
-    if missing:
-        known = list(candidates(model))
-        raise AdapterMismatchError(
-            f"The adapter has {len(missing)} of {len(state.spec.methods)} targets that this "
-            f"{type(model).__name__} has not: "
-            f"{listing(missing, most=4)}.{near_matches(missing[0], known)} It belongs to another base "
-            "model, or was saved from "
-            "a part or a wrapper of this one."
-        )
-    return plan
-
-
-def _facts(shape: Shape) -> tuple[object, ...]:
-    return shape.batch, shape.out, shape.in_, shape.lookup, shape.kernel
-
-
 def _parameters(
     target: Target,
     method: Method,
@@ -376,10 +240,12 @@ def _parameters(
     stored = target.stored
     wide = torch.promote_types(stored.dtype, torch.float32) if stored.is_floating_point() else torch.float32
     parameters = {}
-    for key, tensor in tensors.items():
-        value = tensor.detach().to(device=stored.device, dtype=tensor.dtype if keep_dtype else dtype or wide)
-        value = target.arrange(method.roles.get(key, ""), value)
-        with torch.inference_mode(False):
+    with torch.inference_mode(False):
+        for key, tensor in tensors.items():
+            value = tensor.detach().to(
+                device=stored.device, dtype=tensor.dtype if keep_dtype else dtype or wide
+            )
+            value = target.arrange(method.roles.get(key, ""), value)
             # A state stays data: its tensors are never trained through the model. Nor can an inference tensor be.
             if value.data_ptr() == tensor.data_ptr() or value.is_inference():
                 value = value.clone()
@@ -387,22 +253,6 @@ def _parameters(
     return parameters
 
 
-def _companions(model: nn.Module, plan: Plan) -> list[tuple[str, Target]]:
-    """For methods that follow ties: the other layers that use the same stored weight."""
-    followers = {id(t.stored): path for path, (t, m) in plan.items() if m.follows_ties}
-    found: list[tuple[str, Target]] = []
-    if followers:
-        for path, module in model.named_modules():
-            weight = module._parameters.get("weight")
-            if weight is None or path in plan or HOME in path.split("."):
-                continue
-            if id(weight) in followers and stock_class(module).forward is nn.Linear.forward:
-                found.append((followers[id(weight)], LinearTarget(path, module, DenseStorage())))
-    return found
-
-
-# ---- doing
-# ----------------------------------------------------------------------------------------------------------
 def _place(attachments: Attachments, target: Target, name: str, adapter: AdapterParameters) -> Slot:
     slot = find_slot(target)
     if slot is None:
@@ -415,9 +265,8 @@ def _place(attachments: Attachments, target: Target, name: str, adapter: Adapter
 
 
 def _freeze(model: nn.Module) -> None:
-    for path, parameter in model.named_parameters():
-        if HOME not in path.split("."):
-            parameter.requires_grad_(False)
+    for _, parameter in base_parameters(model):
+        parameter.requires_grad_(False)
 
 
 def _check_name(name: str, existing: Attachments | None) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.attach.routing import Routing
-from lorakit.attach.slot import HOME, AdapterParameters, Slot
+from lorakit.attach.slot import AdapterParameters, Slot
 from lorakit.core.adapter import AdapterSpec
 from lorakit.core.method import DeltaMethod
 from lorakit.core.target import Target
+from lorakit.core.walk import HOME
 from lorakit.errors import AdapterNameError, NotAttachedError, RoutingError, listing, near_matches
 
 _KEPT = "_lorakit"

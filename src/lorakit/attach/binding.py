@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.routing import use_scope
-from lorakit.attach.slot import HOME, OUTPUT, Slot, output_hook
+from lorakit.attach.slot import OUTPUT, Slot, output_hook
 from lorakit.core.route import Rows
 from lorakit.core.target import Target, stock_class
+from lorakit.core.walk import HOME
 from lorakit.errors import RoutingError, UnsupportedTargetError
 
 _BOUND: dict[tuple[type, tuple[str, ...]], type] = {}
@@ -56,8 +57,11 @@ def bind(slot: Slot) -> None:
         slot.hook_id = module.register_forward_hook(output_hook, prepend=True, with_kwargs=True).id
         return
     _rebind(module)
-    if isinstance(module, nn.MultiheadAttention):
-        slot.hook_id = module.register_forward_hook(_off_the_fast_path).id
+    reader = slot.target.reader
+    if reader is not module:
+        _rebind(reader)
+    if isinstance(reader, nn.MultiheadAttention):
+        slot.hook_id = reader.register_forward_hook(_off_the_fast_path).id
 
 
 def unbind(slot: Slot) -> None:
@@ -66,12 +70,15 @@ def unbind(slot: Slot) -> None:
     home = module._modules[HOME]
     assert home is not None
     del home._modules[key]
-    for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
+    reader = slot.target.reader
+    for table in (reader._forward_hooks, reader._forward_hooks_with_kwargs):
         table.pop(slot.hook_id, None)
     if not home._modules:
         del module._modules[HOME]
     if key != OUTPUT:
         _rebind(module)
+        if reader is not module:
+            _rebind(reader)
 
 
 def _off_the_fast_path(module: nn.Module, args: Any, output: Any) -> None:
@@ -102,7 +109,7 @@ def _rebind(module: nn.Module) -> None:
     home = module._modules.get(HOME)
     names = tuple(sorted(key for key in home._modules if key != OUTPUT)) if home is not None else ()
     stock = stock_class(module)
-    module.__class__ = bound_class(stock, names) if names else stock
+    module.__class__ = bound_class(stock, names) if names or _any_slot(module) is not None else stock
 
 
 def bound_class(stock: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
@@ -159,12 +166,13 @@ def _bound_forward(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _any_slot(module: nn.Module) -> Slot | None:
-    home = module._modules.get(HOME)
-    return (
-        None
-        if home is None
-        else next((s for k, s in home._modules.items() if k != OUTPUT and isinstance(s, Slot)), None)
-    )
+    """A slot of a weight that this module reads: one of its own parameters, or an attention's output projection."""
+    for owner in (module, module._modules.get("out_proj")):
+        home = None if owner is None else owner._modules.get(HOME)
+        for key, slot in {} if home is None else home._modules.items():
+            if key != OUTPUT and isinstance(slot, Slot) and slot.target.reader is module:
+                return slot
+    return None
 
 
 def _by_rows(

@@ -21,7 +21,10 @@ from lorakit.attach.slot import AdapterParameters, Slot
 from lorakit.core.method import WeightMethod
 from lorakit.core.route import OFF, Mix
 from lorakit.core.target import Target
+from lorakit.core.walk import base_modules
 from lorakit.errors import MergeError, listing
+from lorakit.ops import all_finite, own_precision
+from lorakit.targets.dense import DenseStorage
 
 
 class _New(NamedTuple):
@@ -127,8 +130,10 @@ def restore_base(attachments: Attachments, model: nn.Module) -> None:
     for item in reversed(attachments.merged):
         target = item.target
         target.storage.restore(target.module, target.parameter, item.weight)
-        if item.bias_changed:
-            target.module._parameters["bias"] = item.bias  # type: ignore[assignment]
+        if item.bias_changed and item.bias is None:
+            target.module._parameters["bias"] = None
+        elif item.bias_changed:
+            DenseStorage().restore(target.module, "bias", item.bias)  # type: ignore[arg-type]
     attachments.merged.clear()
     if attachments.ties_broken:
         _set_tied(model, True)
@@ -184,7 +189,7 @@ def _changed_bias(target: Target, extra: Tensor, mix: Mix) -> Tensor:
 
 def _rounded(value: Tensor, dtype: torch.dtype, path: str, mix: Mix) -> Tensor:
     value = value.to(dtype)
-    if not torch.isfinite(value).all():
+    if not all_finite(value):
         raise MergeError(
             f"Merging {listing(mix.names)} would give a NaN or an infinity in {path!r} as {dtype}; "
             "the model is untouched."
@@ -214,7 +219,8 @@ def _fold(
         p = {key: value.detach().to(wide) for key, value in adapter._parameters.items() if value is not None}
         base = target.to_matrix(stored)
         running = base if total is None else target.to_matrix(total)
-        total = target.from_matrix(method.fold(target, p, running, base, weight))
+        with own_precision(stored):
+            total = target.from_matrix(method.fold(target, p, running, base, weight))
         extra = method.bias_delta(target, p)
         if extra is not None:
             bias = weight * extra if bias is None else bias + weight * extra
@@ -231,7 +237,7 @@ def check_finite(attachments: Attachments, mix: Mix) -> None:
             f"{path}:{key}"
             for path, adapter in attachments.parameters_of(name)
             for key, p in adapter._parameters.items()
-            if p is not None and not torch.isfinite(p).all()
+            if p is not None and not all_finite(p)
         ]
         if bad:
             raise MergeError(
@@ -268,7 +274,7 @@ def _forget(model: nn.Module, attachments: Attachments, mix: Mix) -> None:
 def _untie_config(model: nn.Module, attachments: Attachments) -> bool:
     """Say in a transformers config that a tie is broken, or loading the saved model would restore it."""
     olds = {id(item.weight) for item in attachments.merged}
-    tied = any(id(p) in olds for m in model.modules() for p in m._parameters.values() if p is not None)
+    tied = any(id(p) in olds for _, m in base_modules(model) for p in m._parameters.values() if p is not None)
     return tied and _set_tied(model, False)
 
 

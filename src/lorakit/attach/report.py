@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.attach.attachments import Attachments, attachments_of
-from lorakit.attach.slot import HOME
 from lorakit.core.method import LowRankMethod
+from lorakit.core.walk import base_parameters
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def attach_report(model: nn.Module, attachments: Attachments, name: str) -> Atta
                 slot.target.binding,
             )
         )
-    base = sum(p.numel() for path, p in model.named_parameters() if HOME not in path.split("."))
+    base = sum(p.numel() for _, p in base_parameters(model))
     return AttachReport(name, tuple(sites), base, attachments.routing.default.names)
 
 

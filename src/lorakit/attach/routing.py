@@ -76,7 +76,7 @@ class Routing:
 
 def scoped(routing: Routing, training: bool) -> Route:
     """The route of the innermost open `use` block of this model here, or what acts outside any."""
-    for scope in reversed(_SCOPES.get()):
+    for scope in reversed(_scopes()):
         if scope.routing is routing and scope.open:
             # Reentrant checkpointing runs forward without grad: in train mode a re-run in backward may follow.
             if not routing.ran_scoped_with_grad and (training or torch.is_grad_enabled()):
@@ -93,6 +93,15 @@ def scoped(routing: Routing, training: bool) -> Route:
             "use_reentrant=False) to the checkpoint function."
         )
     return routing.resting
+
+
+def _scopes() -> tuple[Scope, ...]:
+    own = _SCOPES.get()
+    if not own and torch._C._current_graph_task_id() != -1 and torch._C._is_key_in_tls("context"):
+        # On a GPU, backward runs in torch's own threads. torch hands them the context of the thread that called it.
+        caller = torch._C._get_obj_in_tls("context")
+        return own if caller is None else caller.get(_SCOPES, ())
+    return own
 
 
 class use_scope(AbstractContextManager["use_scope"]):  # noqa: N801 - reads as a verb at its only caller

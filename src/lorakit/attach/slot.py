@@ -20,9 +20,9 @@ from lorakit.attach.routing import Routing
 from lorakit.core.method import DeltaMethod, Method, WeightMethod
 from lorakit.core.route import Mix, Route, Rows
 from lorakit.core.target import Target
+from lorakit.core.walk import HOME
 from lorakit.errors import RoutingError
 
-HOME = "lorakit"
 OUTPUT = "output"
 
 
@@ -66,18 +66,22 @@ class Slot(nn.Module):
         return self._rows(route, x, y)
 
     def _mix(self, mix: Mix, x: Tensor, y: Tensor) -> Tensor:
-        acting = [(self._modules[name], weight) for name, weight in mix.weights if name in self._modules]
-        target, training = self.target, self.training
-        if len(acting) == 1 and acting[0][1] == 1:
-            only: Any = acting[0][0]
-            return only.method.forward(target, only._parameters, x, y, training=training)  # type: ignore[no-any-return]
+        target, training, weights = self.target, self.training, mix.weights
+        if (
+            len(weights) == 1 and weights[0][1] == 1
+        ):  # the usual case, kept short: it runs for every layer and token
+            only: Any = self._modules.get(weights[0][0])
+            return (
+                y if only is None else only.method.forward(target, only._parameters, x, y, training=training)
+            )
+        acting = [(self._modules[name], weight) for name, weight in weights if name in self._modules]
         if all(isinstance(adapter.method, DeltaMethod) for adapter, _ in acting):  # type: ignore[union-attr]
             for adapter, weight in acting:
                 y = adapter.method.add_to(target, adapter._parameters, x, y, weight=weight, training=training)  # type: ignore[operator, union-attr]
             return y
         total = y.clone()
         for adapter, weight in acting:
-            changed = adapter.method.forward(target, adapter._parameters, x, y.clone(), training=training)  # type: ignore[operator, union-attr]
+            changed = adapter.method.forward(target, adapter._parameters, x, y.clone(), training=training)  # type: ignore[union-attr]
             total = total + weight * (changed - y)
         return total
 
@@ -92,8 +96,8 @@ class Slot(nn.Module):
         tokens = self._mix(route, packed, y.contiguous().values().view(-1, self.target.out))
         if tokens.requires_grad:
             raise RoutingError(
-                f"{self.target.path!r} received a nested tensor, and torch cannot differentiate what follows. Run under "
-                "torch.no_grad(), or put the model in train mode (nn.TransformerEncoder then keeps the padding)."
+                f"{self.target.path!r} received a nested tensor, and torch cannot differentiate what follows. "
+                "Run under torch.no_grad(), or in train mode (nn.TransformerEncoder then keeps the padding)."
             )
         lengths = [row.shape[0] for row in y.unbind()]
         return torch.nested.as_nested_tensor(list(tokens.split(lengths)))

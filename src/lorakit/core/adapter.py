@@ -12,6 +12,7 @@ from torch import Tensor
 from lorakit.core.method import Method
 from lorakit.core.target import Shape
 from lorakit.errors import AdapterFileError, listing
+from lorakit.ops import all_finite
 
 
 @dataclass(frozen=True)
@@ -87,5 +88,5 @@ class AdapterState:
             f"{path}:{name}"
             for path, group in self.tensors.items()
             for name, t in group.items()
-            if not torch.isfinite(t).all()
+            if not all_finite(t)
         ]

@@ -37,7 +37,7 @@ class Method(ABC):
     """One way to adapt a target.
 
     Attributes:
-        name: The registered name, used in files.
+        name: The registered name, used in files; of a method that is not registered, its class's name.
         roles: Parameter name to role: ``"A"`` and ``"B"`` are the factors that LoRA+ gives their own learning
             rates; ``"magnitude"``, ``"copy"`` and ``"bias"`` say what they are.
         frozen: Names of parameters that are never trained.
@@ -51,6 +51,11 @@ class Method(ABC):
     default_targets: ClassVar[str] = "all-linear"
     adapts: ClassVar[Literal["layer", "parameter"]] = "layer"
     follows_ties: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Name a method that nobody registers, so that it can be tried out."""
+        super().__init_subclass__()
+        cls.name = cls.__name__
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -113,7 +118,7 @@ class WeightMethod(Method):
 
     def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
         """Derived: apply the new weight. A faster override must equal this."""
-        return target.add_bias(target.apply(x, self.weight(target, p, target.weight()).to(x.dtype)))
+        return target.add_bias(target.apply(x, self.weight(target, p, target.weight()).to(y.dtype)))
 
 
 class DeltaMethod(WeightMethod):

@@ -88,18 +88,19 @@ class Target(ABC):
         shape: The facts: kind, ``batch``, ``out``, ``in_``.
         binding: ``forward`` when the layer's output is adapted by a hook; ``parameter`` when the weight that the
             layer reads is, because no call of the layer could be hooked.
+        reader: The module whose forward reads the weight: ``module``, but for the output projection of an attention.
         gain: A constant that the layer multiplies its product by (scaled embeddings); 1 for almost all.
     """
 
     shape: Shape
     gain: float = 1.0
-    why_unmergeable: str | None = None
 
     def __init__(
         self, path: str, module: nn.Module, parameter: str, storage: Storage, binding: Binding = "forward"
     ) -> None:
         self.path, self.module, self.parameter = path, module, parameter
         self.storage, self.binding = storage, binding
+        self.reader = module
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {self.shape})"

@@ -19,7 +19,7 @@ from lorakit.core.registry import register
 from lorakit.core.target import Shape, Target
 from lorakit.errors import ConfigError
 from lorakit.methods.lora import LoRA
-from lorakit.ops import row_norms
+from lorakit.ops import own_precision, row_norms
 
 
 @register("dora")
@@ -78,7 +78,8 @@ class DoRA(WeightMethod):
 
     def norms(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
         """``n = |W + delta|`` along each output feature, ``(*batch, out)``; constant in the backward pass."""
-        with torch.no_grad():
+        # Autocast would round the products inside to its own dtype, and with them the magnitude's gradient.
+        with torch.no_grad(), own_precision(W):
             if isinstance(self.inner, LowRankMethod):
                 n = row_norms(W, *self.inner.factors(target, p))
             else:

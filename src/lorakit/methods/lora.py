@@ -68,9 +68,9 @@ class LoRA(LowRankMethod):
             if isinstance(r, bool) or not isinstance(r, int) or r < 1:
                 raise ConfigError(f"The rank must be a whole number of at least 1; got r={r!r}.")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not math.isfinite(alpha):
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
                 raise ConfigError(f"alpha must be a finite number; got {alpha!r}.")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is a probability in [0, 1); got {self.dropout!r}.")
         for what, value, known in (("scaling", self.scaling, SCALINGS), ("init", self.init, INITS)):
             if value not in known:
@@ -139,10 +139,9 @@ class LoRA(LowRankMethod):
         self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, weight: float = 1.0, training: bool = False
     ) -> Tensor:
         """The fused product, and the bias."""
-        y = super().add_to(target, p, x, y, weight=weight, training=training)
-        if self.bias:
-            y = target.scale_add_bias(y, p["lora_bias"], self.scale * weight)
-        return y
+        scale = self.scale * weight
+        y = target.add_low_rank(y, x, p["lora_A"], p["lora_B"], scale, self.dropout if training else 0.0)
+        return target.scale_add_bias(y, p["lora_bias"], scale) if self.bias else y
 
     def supports(self, target: Target) -> str | None:
         """Dropout and bias need a layer whose call can be hooked."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import ClassVar
 
 import torch
@@ -35,11 +36,15 @@ class TokenRows(WeightMethod):
     follows_ties: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", tuple(int(i) for i in self.ids))
-        if not self.ids or min(self.ids) < 0 or len(set(self.ids)) != len(self.ids):
+        try:
+            ids = tuple(index(i) for i in self.ids)
+        except TypeError:
+            ids = ()
+        if not ids or min(ids) < 0 or len(set(ids)) != len(ids):
             raise ConfigError(
-                f"TokenRows takes one or more different token ids of at least 0; got {list(self.ids)[:20]}."
+                f"TokenRows takes one or more different token ids of at least 0; got {str(self.ids)[:80]}."
             )
+        object.__setattr__(self, "ids", ids)
 
     def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """``rows``, ``(len(ids), width)``."""
@@ -69,7 +74,7 @@ class TokenRows(WeightMethod):
         logits = torch.nn.functional.linear(x.to(y.dtype), rows)
         bias = target.bias
         if bias is not None:
-            logits = logits + bias[self._index(bias)]
+            logits = logits + bias[self._index(bias)].to(y.dtype)
         return y.index_copy(-1, self._index(y), logits)
 
     def supports(self, target: Target) -> str | None:

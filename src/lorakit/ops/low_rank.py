@@ -24,6 +24,10 @@ from torch.compiler import is_compiling
 _in_torch_func = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 
+# Up to this many outputs the time goes into the calls and not into the work: then three plain operations win, and their
+# graph keeps the same ``x`` and ``x Aᵀ``. Beyond it the full-size temporaries of that way cost more (measured on CPU).
+_FEW = 2**17
+
 
 def add_low_rank(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, dropout: float = 0.0
@@ -32,7 +36,8 @@ def add_low_rank(
 
     ``y`` must belong to the caller alone (a fresh layer output): it is changed in place wherever that is
     possible. The product is computed in the dtype of ``y``; factors of another dtype are cast (they are
-    small), so a bf16 base with fp32 factors needs no fp32 copy of ``x``.
+    small), so a bf16 base with fp32 factors needs no fp32 copy of ``x``. Without gradients, fewer rows than the rank
+    are computed in the wider dtype of the factors instead.
 
     Args:
         y: Base output, ``(..., out)``.
@@ -45,14 +50,22 @@ def add_low_rank(
     if transformed():
         h = F.linear(F.dropout(x, dropout) if dropout else x, A.to(x.dtype)).to(y.dtype)
         return torch.add(y, F.linear(h, B.to(y.dtype)), alpha=scale)
+    one_dtype = x.dtype == A.dtype == B.dtype == y.dtype
+    if one_dtype and not dropout and y.numel() <= _FEW and y.is_contiguous():
+        return y.add_(F.linear(F.linear(x, A), B), alpha=scale)
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or A.requires_grad or B.requires_grad):
         return _AddLowRank.apply(y, x, A, B, scale, dropout)
     dtype = y.dtype
+    fewer_rows_than_rank = x.numel() < A.numel()
+    if fewer_rows_than_rank and x.itemsize < A.itemsize and not dropout and y.is_contiguous():
+        # Then it is the rows that are cheaper to cast. The result is rounded once.
+        return y.add_(F.linear(F.linear(x.to(A.dtype), A), B.to(A.dtype)), alpha=scale)
+    if not one_dtype:
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     rows = x.reshape(-1, x.shape[-1])
     if dropout:
         rows = _drop(rows, _mask(rows, _draw_seed(), dropout))
-    h = torch.mm(rows.to(dtype), A.to(dtype).t())
-    return _add_product_to(y, h, B.to(dtype), scale)
+    return _add_product_to(y, F.linear(rows, A), B, scale)
 
 
 def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:

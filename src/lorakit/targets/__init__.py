@@ -3,9 +3,10 @@
 from lorakit.targets.convolution import ConvTarget
 from lorakit.targets.dense import DenseStorage
 from lorakit.targets.embedding import EmbeddingTarget
-from lorakit.targets.find import candidates, find
+from lorakit.targets.find import find
 from lorakit.targets.linear import LinearTarget, TransposedLinearTarget
 from lorakit.targets.parameter import ParameterTarget
+from lorakit.targets.recognise import candidates
 
 __all__ = [
     "ConvTarget",

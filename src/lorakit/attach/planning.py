@@ -1,0 +1,195 @@
+"""Planning: what an adapter would be attached to, checked whole before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from lorakit.attach.attachments import Attachments
+from lorakit.attach.binding import check_bindable
+from lorakit.attach.slot import OUTPUT, Slot
+from lorakit.core.adapter import AdapterState
+from lorakit.core.method import DeltaMethod, Method
+from lorakit.core.selection import Selector, pattern_matches
+from lorakit.core.target import Shape, Target
+from lorakit.core.walk import HOME, base_modules
+from lorakit.errors import (
+    AdapterMismatchError,
+    MergeError,
+    TargetError,
+    UnmatchedTargetError,
+    UnsupportedTargetError,
+    listing,
+    near_matches,
+)
+from lorakit.targets.find import find, without_excluded
+from lorakit.targets.recognise import candidates, layer_target, parameter_target
+
+Plan = dict[str, tuple[Target, Method]]
+
+
+def plan_method(
+    model: nn.Module,
+    adapter: Method | Mapping[str, Method],
+    targets: Selector | None,
+    exclude: Selector | None,
+) -> Plan:
+    """The targets that a method or a mapping of methods chooses, each with its resolved method."""
+    if isinstance(adapter, Method):
+        choices: list[tuple[Selector, Method]] = [
+            (adapter.default_targets if targets is None else targets, adapter)
+        ]
+    elif isinstance(adapter, Mapping):
+        if targets is not None:
+            raise TargetError("A mapping names its targets in its keys: pass no targets with it.")
+        choices = [([key] if not key.startswith("all-") else key, method) for key, method in adapter.items()]
+    else:
+        raise TargetError(
+            "attach takes a method, a mapping from patterns to methods, or an AdapterState; got "
+            f"{type(adapter).__name__}."
+        )
+    plan: Plan = {}
+    for selector, method in choices:
+        if not isinstance(method, Method):
+            raise TargetError(
+                f"{selector!r} is mapped to {method!r}, which is not a method such as LoRA(r=8)."
+            )
+        found = find(model, selector, exclude=exclude if len(choices) == 1 else None, adapts=method.adapts)
+        _check_patterns(method, [t.path for t in found])
+        for target in found:
+            resolved = method.for_path(target.path)
+            check_bindable(target)
+            reason = resolved.supports(target)
+            if reason is not None:
+                raise UnsupportedTargetError(
+                    f"{type(method).__name__} cannot adapt {target.path!r}: {reason}."
+                )
+            plan[target.path] = (target, resolved)
+    if not plan:
+        raise TargetError("The mapping is empty: it names no target to adapt.")
+    if exclude is not None and len(choices) > 1:  # an exclusion holds for the mapping as a whole
+        left = without_excluded({path: target for path, (target, _) in plan.items()}, exclude)
+        plan = {path: plan[path] for path in left}
+    return plan
+
+
+def plan_state(model: nn.Module, state: AdapterState) -> Plan:
+    """The places of a state in a model; every one must be there, and of the size it was made for."""
+    plan: Plan = {}
+    missing: list[str] = []
+    for path, method in state.spec.methods.items():
+        want = state.spec.shapes[path]
+        target = parameter_target(model, path) if method.adapts == "parameter" else layer_target(model, path)
+        if isinstance(target, str):
+            raise UnsupportedTargetError(f"{path!r} cannot be adapted: {target}.")
+        if target is None:
+            missing.append(path)
+            continue
+        have = target.shape
+        if not _fits(want, have):
+            raise AdapterMismatchError(
+                f"The adapter was made for a {want.kind} target of {want} at {path!r}; this model has a "
+                f"{have.kind} of {have} "
+                "there. It belongs to another base model."
+            )
+        check_bindable(target)
+        reason = method.supports(target)
+        if reason is not None:
+            raise UnsupportedTargetError(f"{type(method).__name__} cannot adapt {path!r}: {reason}.")
+        plan[target.path] = (target, method)
+    if missing:
+        known = list(candidates(model))
+        raise AdapterMismatchError(
+            f"The adapter has {len(missing)} of {len(state.spec.methods)} targets that this "
+            f"{type(model).__name__} has not: "
+            f"{listing(missing, most=4)}.{near_matches(missing[0], known)} It belongs to another base "
+            "model, or was saved from "
+            "a part or a wrapper of this one."
+        )
+    return plan
+
+
+def companions_of(model: nn.Module, plan: Plan) -> list[tuple[str, Target]]:
+    """For methods that follow ties: the other layers that use the same stored weight."""
+    followers = {id(t.stored): path for path, (t, m) in plan.items() if m.follows_ties}
+    found: list[tuple[str, Target]] = []
+    for path, module in base_modules(model) if followers else ():
+        for key, parameter in module._parameters.items():
+            own_path = path if key == "weight" else f"{path}.{key}".lstrip(".")
+            if id(parameter) not in followers or own_path in plan or f"{path}.{key}".lstrip(".") in plan:
+                continue
+            source = followers[id(parameter)]
+            method = plan[source][1]
+            target = layer_target(model, own_path)
+            reason = method.supports(target) if isinstance(target, Target) else target
+            if reason is not None or not isinstance(target, Target):
+                raise UnsupportedTargetError(
+                    f"{type(method).__name__} at {source!r} must also act at {own_path!r}, which uses the same weight, "
+                    f"but cannot: {reason}."
+                )
+            found.append((source, target))
+    return found
+
+
+def check_beside_merged(existing: Attachments, plan: Plan) -> None:
+    """Refuse what is measured from the base while something is merged into it."""
+    for path, (_, method) in plan.items():
+        if not isinstance(method, DeltaMethod):
+            raise MergeError(
+                f"{listing(existing.routing.merged.names)} is merged, and {type(method).__name__} at {path!r} is "
+                "measured from the base weights. Call lorakit.unmerge(model) first."
+            )
+
+
+def check_one_formula(plan: Plan, companions: list[tuple[str, Target]]) -> None:
+    """Refuse to adapt one weight from two sides when one of them is not additive: the two could not be told apart.
+
+    A layer's output is adapted by a hook, its weight by what the layer reads. Additive changes from both add up; but
+    DoRA on the output rescales whatever weight the layer has read.
+    """
+    sides: dict[tuple[int, str], list[tuple[Target, Method]]] = {}
+    followed = [(target, plan[path][1]) for path, target in companions]
+    for target, method in (*plan.values(), *followed):
+        sides.setdefault((id(target.module), target.parameter), []).append((target, method))
+    for acting in sides.values():
+        if all(t.binding == "forward" and isinstance(m, DeltaMethod) for t, m in acting):
+            continue  # fits whatever is there; to look at it would cost more with each adapter on the model
+        target = acting[0][0]
+        home = target.module._modules.get(HOME)
+        slots = [] if home is None else [home._modules.get(key) for key in (OUTPUT, target.parameter)]
+        acting += [
+            (slot.target, a.method)  # type: ignore[misc, union-attr]
+            for slot in slots
+            if isinstance(slot, Slot) and slot.target.parameter == target.parameter
+            for a in slot._modules.values()
+        ]
+        hooked = [m for t, m in acting if t.binding == "forward"]
+        bound = [m for t, m in acting if t.binding == "parameter"]
+        odd = next((m for m in hooked if not isinstance(m, DeltaMethod)), None)
+        if bound and odd is not None:
+            raise UnsupportedTargetError(
+                f"The weight of {target.path!r} would be adapted both as a parameter ({type(bound[0]).__name__}) and "
+                f"through its layer's output ({type(odd).__name__}), which is defined on the base weight alone. "
+                "Choose one of them for this layer."
+            )
+
+
+def _check_patterns(method: Method, paths: list[str]) -> None:
+    for key in method.patterns():
+        if not any(pattern_matches(key, path) for path in paths):
+            ends = sorted({p.rsplit(".", 1)[-1] for p in paths})
+            raise UnmatchedTargetError(
+                f"The pattern {key!r} of {type(method).__name__} matches none of the {len(paths)} targets."
+                f"{near_matches(key, ends)} Targets end in: {listing(ends)}."
+            )
+
+
+def _fits(want: Shape, have: Shape) -> bool:
+    """Whether a place has the facts that an adapter was made for; a size of 0 means that its file does not say."""
+    sizes = ((want.out, have.out), (want.in_, have.in_))
+    return all(asked in (0, found) for asked, found in sizes) and (want.batch, want.lookup, want.kernel) == (
+        have.batch,
+        have.lookup,
+        have.kernel,
+    )

@@ -1,0 +1,45 @@
+"""Walking a model's own modules and parameters, past the adapters on it.
+
+``named_modules`` visits every adapter, so whatever uses it costs more with each adapter that is attached; these do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+HOME = "lorakit"
+"""The child module that attach adds to an adapted layer: what is in it belongs to adapters."""
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module, each module once, in the order of ``named_modules``."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        stack.extend(
+            (join(path, name), child)
+            for name, child in reversed(module._modules.items())
+            if child is not None and name != HOME
+        )
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Path and parameter, tied parameters once, in the order of ``named_parameters``."""
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield join(path, name), parameter
+
+
+def join(path: str, name: str) -> str:
+    """A dotted path and a name below it; the root's path is empty."""
+    return f"{path}.{name}" if path else name
