@@ -9,7 +9,6 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS = $(filter-out benchmarks/__%,$(wildcard benchmarks/[a-z]*.py))
 
 # transformers and the Hub must not phone home while tests and documentation run.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -59,10 +58,8 @@ docs: $(READY)  ## build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
 	@printf 'Open site/index.html, or see it live: %s -m mkdocs serve\n' '$(BIN)/python'
 
-bench: $(READY)  ## run every benchmark; each prints where it wrote its JSON
-	@test -n "$(BENCHMARKS)" || { printf 'There is no benchmark in benchmarks/.\n'; exit 1; }
-	@set -e; for file in $(BENCHMARKS); do \
-	  name=$$(basename $$file .py); printf '== %s\n' "$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+bench: $(READY)  ## measure lorakit beside PEFT; writes benchmarks/results/ and the table in docs/benchmarks.md
+	$(BIN)/python -m benchmarks.run_all $(ARGS)
 
 clean:  ## remove what builds, tests and checks wrote; keep the virtual environment
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

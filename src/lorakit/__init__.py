@@ -96,7 +96,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps ``lorakit.attach`` the function: importing the subpackage of that name would put the module in its place."""
+    """Keeps ``lorakit.attach`` the function, where importing the subpackage of that name would put the module."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "attach" and isinstance(value, ModuleType):

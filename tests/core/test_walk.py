@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import lorakit as lk
-from lorakit.core.walk import base_modules, base_parameters
+from lorakit.core.walk import base_modules, base_parameters, module_at
 
 
 class Tied(nn.Module):
@@ -38,3 +38,24 @@ def test_it_sees_what_torch_sees(make: type[nn.Module]) -> None:
         assert [path for path, _ in base_modules(model)] == [path for path, _ in modules]
         assert [path for path, _ in base_parameters(model)] == [path for path, _ in parameters]
         assert len(list(model.named_modules())) > len(modules)
+
+
+class Wrapper(nn.Module):
+    """Answers for what it wraps, as a compiled module does."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name: str) -> object:
+        return self._modules[name] if name in self._modules else getattr(self._modules["inside"], name)
+
+
+def test_a_path_leads_where_get_submodule_leads() -> None:
+    model = Tied()
+    for path, module in model.named_modules():
+        assert module_at(model, path) is module
+        assert module_at(Wrapper(model), path) is Wrapper(model).get_submodule(path) or path == ""
+    for path in ("nothing", "first.9", "first.0.weight", "empty", "gain"):
+        with pytest.raises(AttributeError):
+            module_at(model, path)

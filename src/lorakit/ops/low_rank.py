@@ -36,8 +36,8 @@ def add_low_rank(
 
     ``y`` must belong to the caller alone (a fresh layer output): it is changed in place wherever that is
     possible. The product is computed in the dtype of ``y``; factors of another dtype are cast (they are
-    small), so a bf16 base with fp32 factors needs no fp32 copy of ``x``. Without gradients, fewer rows than the rank
-    are computed in the wider dtype of the factors instead.
+    small), so a bf16 base with fp32 factors needs no fp32 copy of ``x``; but fewer rows than the rank are
+    computed in the wider dtype of the factors.
 
     Args:
         y: Base output, ``(..., out)``.
@@ -52,14 +52,17 @@ def add_low_rank(
         return torch.add(y, F.linear(h, B.to(y.dtype)), alpha=scale)
     one_dtype = x.dtype == A.dtype == B.dtype == y.dtype
     if one_dtype and not dropout and y.numel() <= _FEW and y.is_contiguous():
-        return y.add_(F.linear(F.linear(x, A), B), alpha=scale)
+        h = F.linear(x, A)
+        if x.dim() == 2 and not torch.is_grad_enabled():  # one call less for a token of a decoder
+            return y.addmm_(h, B.t(), alpha=scale)
+        return y.add_(F.linear(h, B), alpha=scale)
+    fewer_rows_than_rank = x.numel() < A.numel()
+    if fewer_rows_than_rank and x.itemsize < A.itemsize and not dropout and y.is_contiguous():
+        # Then it is the rows that are cheaper to cast, and to keep. The result is rounded once.
+        return y.add_(F.linear(F.linear(x.to(A.dtype), A), B.to(A.dtype)), alpha=scale)
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or A.requires_grad or B.requires_grad):
         return _AddLowRank.apply(y, x, A, B, scale, dropout)
     dtype = y.dtype
-    fewer_rows_than_rank = x.numel() < A.numel()
-    if fewer_rows_than_rank and x.itemsize < A.itemsize and not dropout and y.is_contiguous():
-        # Then it is the rows that are cheaper to cast. The result is rounded once.
-        return y.add_(F.linear(F.linear(x.to(A.dtype), A), B.to(A.dtype)), alpha=scale)
     if not one_dtype:
         x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     rows = x.reshape(-1, x.shape[-1])

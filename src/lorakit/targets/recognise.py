@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorakit.core.target import Storage, Target, stock_class
-from lorakit.core.walk import base_modules, join
+from lorakit.core.walk import base_modules, join, module_at
 from lorakit.targets.convolution import ConvTarget
 from lorakit.targets.dense import DenseStorage
 from lorakit.targets.embedding import EmbeddingTarget
@@ -41,8 +41,8 @@ def layer_target(model: nn.Module, path: str) -> Target | str | None:
     """
     parent_path, _, name = path.rpartition(".")
     try:
-        parent = model.get_submodule(parent_path)
-        module = parent.get_submodule(name)
+        parent = module_at(model, parent_path)
+        module = module_at(parent, name)
     except AttributeError:
         return parameter_target(model, path)
     if name == "out_proj" and isinstance(parent, nn.MultiheadAttention):
