@@ -1,4 +1,4 @@
-"""Two adapters over one base, in one batch: each row takes its own, one row takes none, threads do not disturb each other."""
+"""Two adapters over one base, in one batch: each row takes its own; threads do not disturb each other."""
 
 from __future__ import annotations
 

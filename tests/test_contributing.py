@@ -35,7 +35,10 @@ def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
 
 @pytest.mark.parametrize(
     ("layer", "x"),
-    [(nn.Linear(6, 4), torch.randn(3, 6)), (nn.Conv2d(3, 4, 3, padding=1, dilation=2), torch.randn(2, 3, 7, 7))],
+    [
+        (nn.Linear(6, 4), torch.randn(3, 6)),
+        (nn.Conv2d(3, 4, 3, padding=1, dilation=2), torch.randn(2, 3, 7, 7)),
+    ],
     ids=["linear", "conv2d"],
 )
 def test_it_attaches_trains_merges_and_detaches(method: Any, layer: nn.Module, x: torch.Tensor) -> None:

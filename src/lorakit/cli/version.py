@@ -1,0 +1,20 @@
+"""``lorakit version``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def command(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """Print the versions of lorakit and of what its numbers may depend on."""
+    from lorakit.cli.output import say, say_json
+    from lorakit.train.run_files import versions
+
+    found = versions()
+    if as_json:
+        say_json(found)
+        return
+    for name in sorted(found, key=lambda n: n != "lorakit"):
+        say(f"{name} {found[name]}")

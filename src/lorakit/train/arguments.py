@@ -1,0 +1,67 @@
+"""A recipe's training settings as transformers takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.attach import checkpoint_contexts
+from lorakit.train.recipe import TrainSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+
+def arguments(settings: TrainSection, folder: Path, steps: int, model: PreTrainedModel) -> TrainingArguments:
+    """A recipe's settings in transformers' words; what lorakit does itself is switched off."""
+    from transformers import TrainingArguments
+
+    warmup = settings.warmup * steps if settings.warmup < 1 else settings.warmup
+    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,  # the plan holds all passes
+        per_device_train_batch_size=settings.batch_rows or 1,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.lr,
+        lr_scheduler_type=schedule,
+        warmup_steps=round(warmup),
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed if settings.dropout_seed is None else settings.dropout_seed,
+        save_strategy="no" if settings.save_every is None else "steps",
+        save_steps=settings.save_every or steps,
+        save_total_limit=settings.keep_checkpoints,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=model.device.type == "cpu",
+        bf16=False,
+        fp16=False,
+    )
+
+
+def checkpoint_activations(model: PreTrainedModel, wanted: bool) -> None:
+    """Switch transformers' activation checkpointing on or off; the re-run in backward takes the same adapters."""
+    word = (
+        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    )  # renamed in transformers 5
+    if wanted:
+        options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": options})
+    else:
+        getattr(model, f"{word}_checkpointing_disable")()
+
+
+def without_printing(trainer: Any) -> None:
+    """Without transformers' own printing; `Reporting` tells."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)

@@ -1,0 +1,143 @@
+"""Folding adapters into their base and saving what comes out as an ordinary model, with proof that it is the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lorakit.attach import merge, use
+from lorakit.errors import ConfigError, MergeError
+from lorakit.io.model_files import load
+from lorakit.models import load_model, load_tokenizer, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged model on disk.
+
+    Attributes:
+        folder: Where it is.
+        merged_difference: Largest difference of a logit, adapters merged against adapters beside the base.
+        saved_difference: The same for the model read back from the folder.
+        largest_logit: The largest logit of the unmerged model, to compare with.
+        adapter_effect: Largest difference of a logit that the adapters make to the base.
+        bytes: Size of the folder.
+    """
+
+    folder: Path
+    merged_difference: float
+    saved_difference: float
+    largest_logit: float
+    adapter_effect: float
+    bytes: int
+
+
+def merge_to_folder(
+    model: str,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> MergeResult:
+    """Merge adapters into a base model and save it with its tokenizer, as transformers saves any model.
+
+    The folder appears whole or not at all. What was saved is read back and run beside the unmerged model.
+
+    Args:
+        model: The base: a folder, a built-in name or a hub id.
+        adapters: Folders; several are added up.
+        out: Where to save; must be new or empty.
+        weights: One for each adapter; 1 by default.
+        dtype: To load, merge and save in.
+        overwrite: Replace what is in ``out``.
+
+    Raises:
+        ConfigError: ``out`` is in use, or the numbers of adapters and weights differ.
+        AdapterFileError: An adapter cannot be read, or belongs to another model.
+        MergeError: An adapter has no weight form or holds a NaN, or the saved model does not compute the same.
+    """
+    out = Path(out)
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if not adapters:
+        raise ConfigError("Name at least one adapter to merge.")
+    if len(weights) != len(adapters):
+        raise ConfigError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise ConfigError(
+            f"{out} exists and is not empty: name another folder, or overwrite it (--overwrite)."
+        )
+    resolved = resolve(model)
+    loaded = load_model(resolved, dtype=dtype)
+    tokenizer = load_tokenizer(resolved)
+    mix = {f"adapter{i}": weight for i, weight in enumerate(weights)}
+    for name, adapter in zip(mix, adapters, strict=True):
+        load(loaded, adapter, name=name)
+    probe = torch.randint(
+        len(tokenizer), (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0), device="cpu"
+    ).to(loaded.device)
+    with use(loaded, None):
+        base = _logits(loaded, probe)
+    with use(loaded, mix):
+        beside = _logits(loaded, probe)
+    merge(loaded, mix, permanent=True)
+    merged_difference = _difference(_logits(loaded, probe), beside)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        loaded.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        del loaded
+        again = load_model(part, dtype=dtype, device=probe.device)
+        saved_difference = _difference(_logits(again, probe), beside)
+        largest = float(beside.abs().max())
+        _check(saved_difference, largest, again.dtype)
+        del again
+        part.chmod(0o777 & ~_umask())
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return MergeResult(out, merged_difference, saved_difference, largest, _difference(base, beside), size)
+
+
+def _logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=probe).logits.float()
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def _check(difference: float, largest: float, dtype: torch.dtype) -> None:
+    """A merged weight is rounded once to the model's dtype; more than what that can do is a fault."""
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 0.1)
+    if not difference <= tolerance * max(1.0, largest):
+        raise MergeError(
+            f"The saved model differs from the unmerged one by up to {difference:.2e} in a logit (largest "
+            f"logit {largest:.1f}); nothing "
+            "was kept. Please report this with the name of the model and the adapter's adapter_config.json."
+        )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

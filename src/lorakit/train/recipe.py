@@ -1,0 +1,302 @@
+"""A recipe: everything about a run in one checked object. `Recipe.from_file` reads it from YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
+
+from lorakit.core import Method
+from lorakit.errors import ConfigError
+from lorakit.train.method_settings import MethodSection, method_section
+from lorakit.train.sections import InputPath, Section
+
+Targets = str | list[str]
+Format = Literal["auto", "messages", "prompt_completion", "generate", "text2sql"]
+Metric = Literal["execution_accuracy", "exact_match", "bleu", "nist", "loss"]
+
+
+def _choose(value: Any, base: type[MethodSection], context: Mapping[str, Any] | None = None) -> Any:
+    """Validate a mapping by the section of the method that it names."""
+    if not isinstance(value, Mapping):
+        return value
+    name, inner = value.get("method", "lora"), value.get("inner")
+    if not isinstance(name, str):
+        raise ConfigError(f"method is the name of a method; got {name!r}.")
+    section = method_section(name, base, inner if isinstance(inner, str) else None)
+    return section.model_validate(value, context=context)
+
+
+def _choose_group(value: Any, info: ValidationInfo) -> Any:
+    return _choose(value, MethodSection, info.context)
+
+
+class ModelSection(Section):
+    """The base model. A plain string in the recipe is its name."""
+
+    name: str = Field(description="A folder, a built-in name (`smollm2`), or a hub id (`org/name`).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Of the base weights; `auto` is float32 on a CPU, the checkpoint's own on an accelerator.",
+    )
+    device: str | None = Field(
+        default=None, description="`cpu`, `cuda`, ...; by default CUDA if there is one."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+
+
+class AdapterSection(MethodSection):
+    """What is trained. The settings of the method stand beside these keys."""
+
+    name: str = Field(default="default", description="The adapter's name on the model.")
+    targets: Targets | None = Field(
+        default=None,
+        description="What to adapt: a preset (`all-linear`), a regular expression for whole paths, or a list of "
+        "names. By default what the method says.",
+    )
+    exclude: Targets | None = Field(
+        default=None, description="What to leave out of `targets`, in the same form."
+    )
+    groups: dict[str, Annotated[SerializeAsAny[MethodSection], BeforeValidator(_choose_group)]] | None = (
+        Field(
+            default=None,
+            description="Several methods in one adapter: a mapping from a target (as in `targets`) to a method "
+            "with its settings. Stands in place of `method`, its settings and `targets`.",
+        )
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> AdapterSection:
+        if self.groups is not None:
+            beside = self.model_fields_set - {"name", "exclude", "groups"}
+            if beside:
+                raise ConfigError(
+                    f"groups names the methods and targets itself: move {', '.join(sorted(beside))} into a group."
+                )
+            if not self.groups:
+                raise ConfigError("groups is empty: name at least one target with its method.")
+        self.adapter()
+        return self
+
+    def adapter(self) -> Method | dict[str, Method]:
+        """What `lorakit.attach` takes: a method, or a mapping from targets to methods."""
+        if self.groups is None:
+            return self.build()
+        return {key: group.build() for key, group in self.groups.items()}
+
+
+class DataSection(Section):
+    """Where examples come from. With ``builtin`` it is a `BuiltinData`, else a `FileData`."""
+
+
+class BuiltinData(DataSection):
+    """A built-in task: its examples are made, not read."""
+
+    builtin: Literal["text_to_sql"] = Field(description="Its name; `text_to_sql` is there.")
+    train: int = Field(default=1000, ge=0, description="Examples to train on.")
+    valid: int = Field(default=0, ge=0, description="Examples for the loss during training; 0 for none.")
+    test: int = Field(default=200, ge=0, description="Examples to score.")
+    seed: int = Field(default=0, description="Another seed asks other questions about the same tables.")
+
+
+class FileData(DataSection):
+    """JSON lines files, plain or gzipped."""
+
+    train: InputPath | None = Field(default=None, description="File to train on.")
+    valid: InputPath | None = Field(default=None, description="File for the loss during training.")
+    test: InputPath | None = Field(default=None, description="File to score.")
+    format: Format = Field(
+        default="auto", description="What the rows hold; `auto` tells by the keys of the first row."
+    )
+    databases: InputPath | None = Field(
+        default=None, description="`text2sql`: folder of `DB_ID.sqlite` files."
+    )
+    schemas: InputPath | None = Field(
+        default=None, description="`text2sql`: JSON file from `db_id` to CREATE TABLE text."
+    )
+    references: Literal["all", "first"] = Field(
+        default="all", description="`generate`: train on each of a row's references, or on the first."
+    )
+    learn: Literal["all", "last"] = Field(
+        default="all", description="`messages`: learn every answer of a conversation, or the last one only."
+    )
+    system: str | None = Field(default=None, description="System message put before rows that have none.")
+    max_rows: dict[Literal["train", "valid", "test"], int] = Field(
+        default_factory=dict, description="Read only the first rows of a split: `{train: 100}`."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> FileData:
+        if self.train is None and self.valid is None and self.test is None:
+            raise ConfigError("name at least one file: train, valid or test; or a built-in task: builtin.")
+        if any(rows < 1 for rows in self.max_rows.values()):
+            raise ConfigError("max_rows must be at least 1.")
+        return self
+
+
+class TrainSection(Section):
+    """The optimizer, the batches, and how long."""
+
+    epochs: float | None = Field(
+        default=None, gt=0, description="Passes over the data; 3 if neither this nor `max_steps` is given."
+    )
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps, in place of `epochs`.")
+    max_seconds: float | None = Field(
+        default=None, gt=0, description="Stop cleanly after this time, whatever is left."
+    )
+    batch_rows: int | None = Field(
+        default=None, ge=1, description="Rows in a batch; 16 if neither this nor `batch_tokens` is given."
+    )
+    batch_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens in a batch, as many rows as fit; with `batch_rows` both hold."
+    )
+    accumulation: int = Field(
+        default=1, ge=1, description="Batches in an optimizer step; the gradient is that of one large batch."
+    )
+    batching: Literal["auto", "packed", "padded"] = Field(
+        default="auto",
+        description="`packed`: rows end to end, each attending to itself, no padding. `padded`: rows of like "
+        "length side by side. `auto` packs where a probe of the model shows that it is exact.",
+    )
+    lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="How the learning rate falls after the warm-up."
+    )
+    warmup: float = Field(
+        default=0.03,
+        ge=0,
+        description="Share of the steps (below 1), or number of steps (from 1), with a rising rate.",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's, on matrices only.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Gradients are scaled down to this norm; 0 for never."
+    )
+    max_length: int = Field(default=1024, ge=2, description="Most tokens of a row.")
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        default="drop", description="What to do with a longer row; how many there were is always said."
+    )
+    seed: int = Field(default=0, description="For the three seeds below.")
+    init_seed: int | None = Field(default=None, description="Of the adapter's first values.")
+    data_seed: int | None = Field(default=None, description="Of the order of the rows.")
+    dropout_seed: int | None = Field(default=None, description="Of dropout.")
+    log_every: int = Field(default=10, ge=1, description="Steps between lines of `metrics.jsonl`.")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Steps between losses on the valid split; by default at the end."
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="Steps between checkpoints; by default none but on Ctrl-C."
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Older checkpoints are removed.")
+    activation_checkpointing: bool = Field(
+        default=False, description="Less memory for about half as much time again."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ConfigError("epochs and max_steps say the same thing: give one of them.")
+        return self
+
+
+class GenerateSection(Section):
+    """How answers are written when scoring."""
+
+    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer.")
+    temperature: float = Field(
+        default=0.0, ge=0, description="0 takes the likeliest token each time; above, tokens are drawn."
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Draw from the likeliest tokens that hold this share."
+    )
+    top_k: int = Field(default=0, ge=0, description="Draw from so many likeliest tokens; 0 for all.")
+    batch_rows: int = Field(default=16, ge=1, description="Prompts answered at a time.")
+    seed: int = Field(default=0, description="Of the drawing.")
+
+
+class EvaluateSection(Section):
+    """What is measured."""
+
+    metrics: list[Metric] | None = Field(
+        default=None,
+        description="Of `execution_accuracy`, `exact_match`, `bleu`, `nist`, `loss`; by default what fits the data.",
+    )
+    limit: int | None = Field(default=None, ge=1, description="Score only the first examples of the split.")
+
+
+def _choose_adapter(value: Any, info: ValidationInfo) -> Any:
+    return _choose(value, AdapterSection, info.context)
+
+
+def _choose_data(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    kind = BuiltinData if "builtin" in value else FileData
+    return kind.model_validate(value, context=info.context)
+
+
+def _named_model(value: Any, info: ValidationInfo) -> Any:
+    value = {"name": value} if isinstance(value, str) else value
+    folder = (info.context or {}).get("folder")
+    if (
+        folder is not None
+        and isinstance(value, Mapping)
+        and str(value.get("name", "")).startswith(("./", "../"))
+    ):
+        return {**value, "name": str(Path(folder, str(value["name"])))}
+    return value
+
+
+class Recipe(Section):
+    """Everything about a run."""
+
+    model: Annotated[ModelSection, BeforeValidator(_named_model)] = Field(description="The base model.")
+    adapter: Annotated[SerializeAsAny[AdapterSection], BeforeValidator(_choose_adapter)] = Field(
+        default_factory=lambda: _choose({}, AdapterSection), description="What is trained."
+    )
+    data: Annotated[SerializeAsAny[DataSection], BeforeValidator(_choose_data)] = Field(
+        description="The examples."
+    )
+    train: TrainSection = Field(default_factory=TrainSection, description="How it is trained.")
+    generate: GenerateSection = Field(default_factory=GenerateSection, description="How answers are written.")
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="What is measured.")
+    output: Path = Field(description="Folder of the results, relative to the current folder.")
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe.
+
+        Args:
+            path: A YAML file. ``${NAME}`` and ``${NAME:-default}`` in its strings are environment variables.
+            overrides: Settings that replace those of the file, as ``"train.lr=1e-4"``.
+
+        Raises:
+            RecipeError: The file cannot be read, or a key or value is wrong; the message names key and line.
+        """
+        from lorakit.train.recipe_file import read_recipe
+
+        return read_recipe(path, overrides)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], folder: str | Path | None = None) -> Recipe:
+        """A recipe from plain data, checked as a file is.
+
+        Args:
+            values: What the YAML file would hold.
+            folder: Where relative input paths start; by default the current folder.
+
+        Raises:
+            RecipeError: A key or value is wrong.
+        """
+        from lorakit.train.recipe_file import check_recipe
+
+        return check_recipe(values, {}, None if folder is None else Path(folder), "recipe")
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as JSON can hold it, every default written out."""
+        plain = self.model_dump(mode="json")
+        if self.adapter.groups is not None:  # which stand in place of one method
+            plain["adapter"] = {key: plain["adapter"][key] for key in ("name", "exclude", "groups")}
+        return plain

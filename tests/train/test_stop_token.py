@@ -1,0 +1,35 @@
+"""A stop token that cannot be learnt is found out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.train.stop_token import stop_token_warning
+from tests.tiny_chat import tiny_model, tiny_tokenizer
+
+
+def warning(twins: int, adapter: object = None, targets: object = "all-linear") -> str | None:
+    model = tiny_model()
+    with torch.no_grad():
+        for i in range(twins):
+            model.lm_head.weight[100 + i] = model.lm_head.weight[2] * (1 + i)
+    lk.attach(model, adapter or lk.LoRA(r=2), targets=targets)  # type: ignore[arg-type]
+    return stop_token_warning(model, tiny_tokenizer(), 2, "default")
+
+
+def test_a_row_of_its_own_is_fine() -> None:
+    assert warning(0) is None
+
+
+def test_twins_are_counted_and_the_way_out_is_told() -> None:
+    told = warning(3)
+    assert told is not None
+    assert "'<|im_end|>' has the same output vector as 3 other tokens" in told
+    assert "embed_tokens: {method: token_rows, ids: [2]}" in told
+
+
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens", "q_proj"]])
+def test_who_adapts_the_head_or_the_embedding_is_not_warned(targets: list[str]) -> None:
+    assert warning(3, targets=targets) is None
