@@ -26,7 +26,7 @@ from lorakit.train import Answer, Progress, Recipe, Renderer, Silent, evaluate, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EXAMPLES = 512
+EXAMPLES = 576
 QUESTIONS = 100
 _RELOADED = 12  # questions that the fresh process answers again
 
@@ -197,8 +197,8 @@ model: {{name: {json.dumps(model)}, dtype: float32}}
 adapter:
   method: lora
   name: sql
-  r: 16
-  alpha: 32
+  r: 8
+  alpha: 16
   targets: all-linear
 data:
   builtin: text_to_sql
