@@ -49,10 +49,8 @@ def attach(
 ) -> AttachReport:
     """Put an adapter on a model. Everything is checked before anything is touched.
 
-    The first adapter of a model becomes its default (see `set_active`); later ones act when they are asked
-    for.
-    The model stays the user's model: no module is replaced, and base names, ties and state-dict keys do not
-    change.
+    The first adapter of a model becomes its default (see `set_active`); later ones act when they are asked for. The
+    model stays the user's model: no module is replaced, and base names, ties and state-dict keys do not change.
 
     Args:
         model: Any module.
@@ -79,9 +77,8 @@ def attach(
         ConfigError: A setting makes no sense for a target.
     """
     inside = getattr(model, "_orig_mod", None)
-    model = (
-        inside if isinstance(inside, nn.Module) else model
-    )  # a compiled model: its paths are those of the original
+    if isinstance(inside, nn.Module):  # a compiled model: its paths are those of the original
+        model = inside
     existing = kept_by(model)
     _check_name(name, existing)
     _check_root(model, existing)
@@ -98,9 +95,8 @@ def attach(
     else:
         if existing is not None and existing.merged:
             raise MergeError(
-                f"{listing(existing.routing.merged.names)} is merged into the weights that a new adapter "
-                "would start from. "
-                "Call lorakit.unmerge(model) first, or merge with permanent=True."
+                f"{listing(existing.routing.merged.names)} is merged into the weights that a new adapter would start "
+                "from. Call lorakit.unmerge(model) first, or merge with permanent=True."
             )
         plan = plan_method(model, adapter, targets, exclude)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -290,9 +286,8 @@ def _check_root(model: nn.Module, existing: Attachments | None) -> None:
     for path, module in model.named_modules():
         if kept_by(module) is not None:
             raise AdapterNameError(
-                f"Adapters were already attached to {path!r} inside this {type(model).__name__}. Attach "
-                "further ones to the same "
-                "module, or detach those first."
+                f"Adapters were already attached to {path!r} inside this {type(model).__name__}. Attach further "
+                "ones to the same module, or detach those first."
             )
         if HOME in module._modules:
             raise AdapterNameError(

@@ -1,11 +1,9 @@
 """Binding: making a layer run its slots, and taking that back without a trace.
 
 Most layers get a forward hook. A weight that its module reads itself is *bound*: the module's class is
-replaced by a
-subclass with a property of the parameter's name, which reads the parameter and gives the adapted value. The
-parameter
-stays where it was, under its own name, so ties and state-dict keys do not change (a torch parametrization
-would move it), and ``isinstance`` still holds.
+replaced by a subclass with a property of the parameter's name, which reads the parameter and gives the
+adapted value. The parameter stays where it was, under its own name, so ties and state-dict keys do not change
+(a torch parametrization would move it), and ``isinstance`` still holds.
 """
 
 from __future__ import annotations

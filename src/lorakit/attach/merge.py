@@ -1,11 +1,10 @@
 """Merging adapters into the weights, and taking them out again bit for bit.
 
 A merge never changes a stored tensor: it puts a new one in its place and keeps the old, so that unmerging is
-exact in
-every dtype, and a layer that is tied to the old weight keeps computing what it computed. The new weight is
-summed in at
-least float32 and rounded once. Several adapters are each measured from the base, so their order does not
-matter and the merged model computes what ``use(model, {...})`` of the same weights computes.
+exact in every dtype, and a layer that is tied to the old weight keeps computing what it computed. The new
+weight is summed in at least float32 and rounded once. Several adapters are each measured from the base, so
+their order does not matter and the merged model computes what ``use(model, {...})`` of the same weights
+computes.
 """
 
 from __future__ import annotations
@@ -144,7 +143,6 @@ def restore_base(attachments: Attachments, model: nn.Module) -> None:
 
 
 # ---- computing
-# ------------------------------------------------------------------------------------------------------
 def _by_weight(attachments: Attachments, mix: Mix) -> list[list[tuple[Slot, str, float]]]:
     """The acting (slot, adapter, weight), grouped by the stored weight that they change."""
     groups: dict[tuple[int, str], list[tuple[Slot, str, float]]] = {}
@@ -246,7 +244,6 @@ def check_finite(attachments: Attachments, mix: Mix) -> None:
 
 
 # ---- putting in place
-# -----------------------------------------------------------------------------------------------
 def _store(item: _New) -> Merged:
     target, module = item.target, item.target.module
     old = Merged(target, target.storage.snapshot(module, target.parameter), None, item.bias is not None)

@@ -89,9 +89,8 @@ def plan_state(model: nn.Module, state: AdapterState) -> Plan:
         have = target.shape
         if not _fits(want, have):
             raise AdapterMismatchError(
-                f"The adapter was made for a {want.kind} target of {want} at {path!r}; this model has a "
-                f"{have.kind} of {have} "
-                "there. It belongs to another base model."
+                f"The adapter was made for a {want.kind} target of {want} at {path!r}; this model has a {have.kind} of "
+                f"{have} there. It belongs to another base model."
             )
         check_bindable(target)
         reason = method.supports(target)
@@ -101,11 +100,9 @@ def plan_state(model: nn.Module, state: AdapterState) -> Plan:
     if missing:
         known = list(candidates(model))
         raise AdapterMismatchError(
-            f"The adapter has {len(missing)} of {len(state.spec.methods)} targets that this "
-            f"{type(model).__name__} has not: "
-            f"{listing(missing, most=4)}.{near_matches(missing[0], known)} It belongs to another base "
-            "model, or was saved from "
-            "a part or a wrapper of this one."
+            f"The adapter has {len(missing)} of {len(state.spec.methods)} targets that this {type(model).__name__} "
+            f"has not: {listing(missing, most=4)}.{near_matches(missing[0], known)} It belongs to another base model, "
+            "or was saved from a part or a wrapper of this one."
         )
     return plan
 

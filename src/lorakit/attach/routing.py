@@ -1,9 +1,8 @@
 """Who decides which adapters act: `use` for a block of code, `set_active` for everywhere else.
 
 A route is looked up, never stored in the layers, so two threads (or two asyncio tasks) can run two adapters
-of one
-model at the same time. A route made by `use` lives as long as its block, also in tasks that were started
-inside it.
+of one model at the same time. A route made by `use` lives as long as its block, also in tasks that were
+started inside it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A slot: the adapters of one target, and how a route runs through them.
 
 It is a child module of the layer (``layer.lorakit.output`` or ``layer.lorakit.<parameter>``), so the layer's
-own
-names, class and state-dict keys stay as they are, and ``train``, ``to``, ``state_dict`` and ``parameters``
-reach it.
+own names, class and state-dict keys stay as they are, and ``train``, ``to``, ``state_dict`` and
+``parameters`` reach it.
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ class Slot(nn.Module):
         return self._modules.get(name)  # type: ignore[return-value]
 
     # ---- a hooked layer's output
-    # -------------------------------------------------------------------------------------
     def adapt_output(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output under the route of this call; ``y`` is its base output and may be reused."""
         if not self.ran and not torch.compiler.is_compiling():
@@ -141,7 +139,6 @@ class Slot(nn.Module):
         RemovableHandle.next_id = max(RemovableHandle.next_id, taken + 1)
 
     # ---- a bound parameter's value
-    # -----------------------------------------------------------------------------------
     def effective(self, base: Tensor) -> Tensor:
         """The value that the layer reads for its parameter under the route of this call."""
         if not self.ran and not torch.compiler.is_compiling():

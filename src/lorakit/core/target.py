@@ -106,7 +106,6 @@ class Target(ABC):
         return f"{type(self).__name__}({self.path!r}, {self.shape})"
 
     # ---- facts
-    # -----------------------------------------------------------------------------------------------
     @property
     def batch(self) -> tuple[int, ...]:
         """Leading sizes of the stack of matrices."""
@@ -137,7 +136,6 @@ class Target(ABC):
         return getattr(self.module, "bias", None)
 
     # ---- views of the base
-    # -------------------------------------------------------------------------------------
     def weight(self) -> Tensor:
         """The base weight as a dense stack ``(*batch, out, in)``."""
         return self.to_matrix(self.storage.load(self.module, self.parameter))
@@ -155,7 +153,6 @@ class Target(ABC):
         """The inverse of ``to_matrix``."""
 
     # ---- maps
-    # ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def apply(self, x: Tensor, W: Tensor) -> Tensor:
         """What the layer computes from ``x`` with the stack ``W`` in place of its weight, without bias."""
@@ -179,7 +176,6 @@ class Target(ABC):
         return y if self.bias is None else self.scale_add_bias(y, self.bias, sign)
 
     # ---- for attach
-    # ---------------------------------------------------------------------------------------------
     def arrange(self, role: str, tensor: Tensor) -> Tensor:
         """Lay an adapter's parameter out in memory as this kind of layer reads it fastest."""
         return tensor

@@ -114,7 +114,7 @@ def why_not_peft(state: AdapterState, *, outline: Outline | None = None) -> list
     return to_peft(state, outline).reasons
 
 
-# ---- finding the files -------------------------------------------------------------------------------------
+# ---- finding the files
 def _locate(path: Path, name: str | None, allow_pickle: bool) -> tuple[Path, Path]:
     """The directory and the file of the weights."""
     if path.is_file():
@@ -181,7 +181,7 @@ def _load(weights: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key: value.detach() for key, value in loaded.items()}, {}
 
 
-# ---- which configuration holds -----------------------------------------------------------------------------
+# ---- which configuration holds
 def _consistent(
     directory: Path, weights: Path, prefer: str | None
 ) -> tuple[dict[str, Tensor], Embedded | None, Mapping[str, Any]]:

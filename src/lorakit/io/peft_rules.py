@@ -59,7 +59,7 @@ class Rule:
     from_file: Callable[[str, Tensor, tuple[int, ...]], Tensor] = _reshape
 
 
-# ---- convolutions: A is a kernel, B a 1x1 one, a magnitude lies along the channels of an image -------------
+# ---- convolutions: A is a kernel, B a 1x1 one, a magnitude lies along the channels of an image
 def _conv_shape(A: Tensor, B: Tensor) -> Shape:
     kernel = tuple(A.shape[2:])
     return Shape("conv", out=B.shape[0], in_=A.shape[1] * math.prod(kernel), kernel=kernel)
@@ -75,7 +75,7 @@ def _conv_sizes(sizes: Mapping[str, tuple[int, ...]], shape: Shape) -> Sizes:
     return in_file
 
 
-# ---- bare parameters: the experts' factors side by side ----------------------------------------------------
+# ---- bare parameters: the experts' factors side by side
 def _expert_sizes(sizes: Mapping[str, tuple[int, ...]], shape: Shape) -> Sizes:
     experts, r = math.prod(shape.batch), sizes["lora_A"][-2]
     return {"lora_A": (experts * r, shape.in_), "lora_B": (shape.out, r * experts)}

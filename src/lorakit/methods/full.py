@@ -20,9 +20,8 @@ class FullFineTuning(WeightMethod):
     """Train the chosen parameters themselves, in a copy that belongs to the adapter.
 
     Because the copy is the adapter's, it switches, merges, unmerges and saves like any other, and several
-    tasks can
-    each have their own (what PEFT calls ``modules_to_save``). Parameters per target: ``value``, the size of
-    the weight.
+    tasks can each have their own (what PEFT calls ``modules_to_save``). Parameters per target: ``value``, the
+    size of the weight.
     """
 
     roles: ClassVar[Mapping[str, str]] = {"value": "copy"}

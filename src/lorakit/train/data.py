@@ -71,7 +71,7 @@ def _builtin(data: BuiltinData, split: Split) -> list[Example]:
     ]
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files
 Row = Callable[[bool], list[Example]]
 
 

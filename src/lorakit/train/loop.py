@@ -62,7 +62,7 @@ class AdapterTrainer(Trainer):
         self.add_callback(reporting)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
 
-    # ---- data -------------------------------------------------------------------------------------------------------
+    # ---- data
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The planned batches, in their order."""
         loader: DataLoader[Any] = DataLoader(
@@ -84,7 +84,7 @@ class AdapterTrainer(Trainer):
         self.reporting.begin_step(int(learnt))
         return batches, learnt
 
-    # ---- loss -------------------------------------------------------------------------------------------------------
+    # ---- loss
     def compute_loss(
         self,
         model: nn.Module,
@@ -133,7 +133,7 @@ class AdapterTrainer(Trainer):
         """Not counted: transformers' estimate takes the base for trained."""
         return 0
 
-    # ---- optimizer --------------------------------------------------------------------------------------------------
+    # ---- optimizer
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over what `lorakit.trainable` names; matrices decay, vectors do not."""
         optimizer: torch.optim.Optimizer | None = self.optimizer
@@ -162,7 +162,7 @@ class AdapterTrainer(Trainer):
             and (p.dim() < 2 or (adapter.method.roles.get(name) == "copy" and p.shape[-1] == 1))
         }
 
-    # ---- checkpoints ------------------------------------------------------------------------------------------------
+    # ---- checkpoints
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, which is all that changed, and what the reports have counted so far."""
         if self.args.should_save:
@@ -221,7 +221,7 @@ class Reporting(TrainerCallback):
         self._unlogged: list[tuple[float, int]] = []
         self._loss, self._learnt, self._rate, self._began = 0.0, 0, 0.0, time.perf_counter()
 
-    # ---- counted by the trainer -------------------------------------------------------------------------------------
+    # ---- counted by the trainer
     def begin_step(self, learnt: int) -> None:
         """An optimizer step begins that teaches so many tokens."""
         self._loss, self._learnt = 0.0, learnt
@@ -232,7 +232,7 @@ class Reporting(TrainerCallback):
         self.tokens_read += tokens
         self.tokens_learnt += learnt
 
-    # ---- kept in checkpoints ----------------------------------------------------------------------------------------
+    # ---- kept in checkpoints
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on counting."""
         return {
@@ -250,7 +250,7 @@ class Reporting(TrainerCallback):
         self.losses, self.seconds = state["losses"], state["seconds"]
         self._unlogged = [(loss, learnt) for loss, learnt in state["unlogged"]]
 
-    # ---- called by transformers -------------------------------------------------------------------------------------
+    # ---- called by transformers
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

@@ -134,7 +134,7 @@ def run_record(
     }
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first; one that a kill left half written is not among them."""
     found = []
@@ -202,7 +202,7 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterable[str]:
         yield path
 
 
-# ---- metrics --------------------------------------------------------------------------------------------------------
+# ---- metrics
 class MetricsFile:
     """``metrics.jsonl``: one object a line, written through at once."""
 

@@ -46,7 +46,7 @@ def stop_token_warning(
     path = next(path for path, module in model.named_modules() if module is embedding).rsplit(".", 1)[-1]
     token = tokenizer.convert_ids_to_tokens(stop)
     return (
-        f"WARNING: the stop token {token!r} has all but the same output vector as {twins} other tokens, so it was never "
-        "trained, and with the head frozen the answers will not learn to end. Train its row along: "
+        f"WARNING: the stop token {token!r} has all but the same output vector as {twins} other tokens, so it was "
+        "never trained, and with the head frozen the answers will not learn to end. Train its row along: "
         f"adapter.groups: {{all-linear: {{method: lora}}, {path}: {{method: token_rows, ids: [{stop}]}}}}"
     )

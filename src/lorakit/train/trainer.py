@@ -230,7 +230,7 @@ def _finish(
     )
 
 
-# ---- the parts of train ---------------------------------------------------------------------------------------------
+# ---- the parts of train
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"The output {folder} is a file; name a folder.")
