@@ -269,6 +269,20 @@ def _state(**change: Any) -> lk.AdapterState:
     return lk.extract(model)
 
 
+def _state_from_both_sides() -> lk.AdapterState:
+    """DoRA through the layer's output and a copy of its weight, as a file can have them; a mapping takes the later."""
+    states = []
+    for method, target in ((lk.DoRA(lk.LoRA(r=2)), "fc1"), (lk.FullFineTuning(), "fc1.weight")):
+        model = Mlp()
+        lk.attach(model, method, [target])
+        states.append(lk.extract(model))
+    spec = lk.AdapterSpec(
+        {**states[0].spec.methods, **states[1].spec.methods},
+        {**states[0].spec.shapes, **states[1].spec.shapes},
+    )
+    return lk.AdapterState(spec, {**states[0].tensors, **states[1].tensors})
+
+
 BAD: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "no match": (Mlp, (lk.LoRA(r=2), ["q_proj"]), {}, UnmatchedTargetError, "'q_proj' matches nothing"),
     "one entry unmatched": (Mlp, (lk.LoRA(r=2), ["fc1", "fc3"]), {}, UnmatchedTargetError, "Did you mean"),
@@ -308,7 +322,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any], t
     ),
     "mapping and targets": (Mlp, ({"fc1": lk.LoRA(r=2)}, ["fc1"]), {}, TargetError, "no targets"),
     "one weight from two sides": (
-        Mlp, ({"fc1": lk.DoRA(lk.LoRA(r=2)), "fc1.weight": lk.FullFineTuning()},), {},
+        Mlp, (_state_from_both_sides(),), {},
         UnsupportedTargetError, "both as a parameter",
     ),
     "token outside the table": (TiedLm, (lk.TokenRows((11,)), ["embed"]), {}, UnsupportedTargetError, "outside"),
@@ -697,3 +711,12 @@ def test_attaching_on_the_meta_device_counts_without_memory() -> None:
     report = lk.attach(model, lk.LoRA(r=4), ["0", "1"])
     assert report.parameters == 4 * 20_000 + 4 * 60_000
     assert {p.device.type for p in lk.trainable(model).values()} == {"meta"}
+
+
+def test_a_later_entry_of_a_mapping_replaces_the_choice_of_the_same_weight() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})
+    lk.attach(model, {"all-linear": lk.LoRA(r=2), "q": lk.FullFineTuning()})
+    methods = {site.path: site.method for site in lk.report(model).adapters[0].sites}
+    assert methods == {"k": "lora", "q.weight": "full", "q.bias": "full"}
+    with pytest.raises(TargetError, match="keys"):
+        lk.attach(model, {1: lk.LoRA(r=2)}, name="b")  # type: ignore[dict-item]

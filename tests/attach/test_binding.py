@@ -224,9 +224,9 @@ def test_attention_is_the_base_plus_one_delta_each(settings: dict[str, Any], gra
 def test_rows_of_attention_equal_the_single_runs(
     batch_first: bool, mask: str, need_weights: str, grad: bool
 ) -> None:
-    model = with_adapters(attention(batch_first=batch_first), "a", "b", targets="all-linear")
-    x = tokens()
-    masks = torch.rand(8, 5, 5, generator=torch.Generator().manual_seed(2))  # (rows * heads, L, S)
+    model = with_adapters(attention(batch_first=batch_first), "a", "b", targets="all-linear").double()
+    x = tokens().double()
+    masks = torch.rand(8, 5, 5, generator=torch.Generator().manual_seed(2)).double()  # (rows * heads, L, S)
     padding = torch.tensor([[0, 0, 0, 0, 1], [0] * 5, [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]).bool()
 
     def run(which: slice) -> Any:
@@ -235,11 +235,11 @@ def test_rows_of_attention_equal_the_single_runs(
             "average_attn_weights": need_weights == "mean",
         }
         if mask == "causal":
-            kwargs["attn_mask"] = nn.Transformer.generate_square_subsequent_mask(5)
+            kwargs["attn_mask"] = nn.Transformer.generate_square_subsequent_mask(5).double()
         if mask in ("3-D", "both"):
             kwargs["attn_mask"] = masks[which.start * 2 : which.stop * 2]
         if mask in ("padding", "both"):
-            kwargs["key_padding_mask"] = torch.zeros(4, 5).masked_fill(padding, float("-inf"))[which]
+            kwargs["key_padding_mask"] = torch.zeros(4, 5).double().masked_fill(padding, float("-inf"))[which]
         part = x[which] if batch_first else x[which].transpose(0, 1)
         y, w = model(part, part, value=part, **kwargs)
         return (y if batch_first else y.transpose(0, 1)), w

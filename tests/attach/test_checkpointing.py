@@ -144,3 +144,20 @@ def test_a_backward_thread_of_torchs_own_sees_the_block_it_was_called_in() -> No
         y.register_hook(run_again)
         y.sum().backward()
     assert torch.equal(seen[0], want)
+
+
+def test_a_reference_pass_without_an_adapter_does_not_disturb_checkpointed_training() -> None:
+    """Preference training: the base answers in a block, the adapter trains outside of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).train()
+    lk.attach(model, lk.LoRA(r=2), targets=["0", "2"])
+    with torch.no_grad():
+        for parameter in lk.trainable(model).values():
+            parameter.normal_()
+    x = torch.randn(3, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    with torch.no_grad(), lk.use(model, None):
+        model(x)
+    y = checkpoint(model, x, use_reentrant=False, context_fn=lk.checkpoint_contexts)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, expected)

@@ -339,3 +339,13 @@ def test_detaching_while_a_tied_weight_is_merged_restores_the_tie() -> None:
     lk.merge(model)
     lk.detach(model)
     assert picture(model) == before
+
+
+def test_what_is_chosen_while_merged_holds_after_unmerging() -> None:
+    model = nn.ModuleDict({"l": nn.Linear(4, 4)})
+    for name in ("a", "b"):
+        lk.attach(model, lk.LoRA(r=2), targets=["l"], name=name)
+    lk.merge(model, "a")
+    lk.set_active(model, ["a", "b"])
+    lk.unmerge(model)
+    assert lk.report(model).active == {"a": 1.0, "b": 1.0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,3 +125,25 @@ def test_an_adapted_model_can_be_exported_and_traced() -> None:
     torch.testing.assert_close(exported.module()(X), model(X))
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.trace(model, (X,))(X), model(X))
+
+
+def test_a_wrapped_model_saves_and_loads_as_the_model_itself(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"encoder": nn.Linear(4, 4), "score": nn.Linear(4, 2)})
+
+    bare = model()
+    lk.attach(bare, {"encoder": lk.LoRA(r=2), "score": lk.FullFineTuning()}, name="a", seed=1)
+    lk.save(bare, tmp_path / "bare")
+    lk.save(Wrapper(bare), tmp_path / "wrapped")
+    configs = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("bare", "wrapped")]
+    assert configs[0] == configs[1]
+    assert configs[0]["peft_type"] == "LORA"
+    compiled = torch.compile(model(), backend="eager")
+    lk.load(compiled, tmp_path / "wrapped", name="b")
+    assert set(lk.extract(compiled, "b").spec.methods) == set(lk.extract(bare, "a").spec.methods)

@@ -116,3 +116,29 @@ def test_numbers_must_agree(tmp_path: Path) -> None:
         merge_to_folder(str(base), [adapter], tmp_path / "out", weights=[1, 2])
     with pytest.raises(ConfigError, match="at least one adapter"):
         merge_to_folder(str(base), [], tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["the adapter's parent", "the adapter", "the base", "inside the base"])
+def test_overwriting_never_destroys_what_is_merged(tmp_path: Path, where: str) -> None:
+    base, adapter, _ = make(tmp_path / "home")
+    out = {
+        "the adapter's parent": tmp_path / "home",
+        "the adapter": adapter,
+        "the base": base,
+        "inside the base": base / "merged",
+    }[where]
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="Name another folder"):
+        merge_to_folder(str(base), [adapter], out, overwrite=True)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_overwriting_replaces_the_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
+    base, adapter, expected = make(tmp_path)
+    out = tmp_path / "merged"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    merge_to_folder(str(base), [adapter], out, overwrite=True)
+    assert not (out / "old.txt").exists()
+    torch.testing.assert_close(logits(out), expected, rtol=1e-4, atol=1e-4)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

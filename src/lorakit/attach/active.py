@@ -58,4 +58,6 @@ def set_active(model: nn.Module, route: str | Mapping[str, float] | Sequence[str
     attachments.check_names(mix.names)
     attachments.check_beside_merged(mix.names)
     attachments.routing.set_default(mix)
+    if attachments.default_before_merge is not None:  # chosen while merged: it holds after unmerging too
+        attachments.default_before_merge = mix
     attachments.routing.ran_scoped_with_grad = False

@@ -24,7 +24,7 @@ from lorakit.core.method import Method
 from lorakit.core.route import OFF, Mix
 from lorakit.core.selection import Selector
 from lorakit.core.target import Target
-from lorakit.core.walk import HOME, base_parameters
+from lorakit.core.walk import HOME, base_parameters, uncompiled
 from lorakit.errors import (
     AdapterNameError,
     ConfigError,
@@ -54,9 +54,9 @@ def attach(
 
     Args:
         model: Any module.
-        adapter: A method (``LoRA(r=8)``); a mapping from patterns to methods, for different methods in one adapter
-            (``{"all-linear": LoRA(), "score": FullFineTuning()}``; a later entry replaces an earlier one's
-            choice of the same target); or an `AdapterState` read from disk.
+        adapter: A method (``LoRA(r=8)``); a mapping from presets or names to methods, for different methods in one
+            adapter (``{"all-linear": LoRA(), "score": FullFineTuning()}``; a later entry replaces an earlier one's
+            choice of the same weight); or an `AdapterState` read from disk.
         targets: What to adapt, see `lorakit.find`; by default what the method says (``"all-linear"`` for LoRA).
         name: The adapter's name: not empty, without dots.
         exclude: What to leave out of ``targets``.
@@ -76,9 +76,7 @@ def attach(
         MergeError: Adapters are merged into the weights that a new one would start from.
         ConfigError: A setting makes no sense for a target.
     """
-    inside = getattr(model, "_orig_mod", None)
-    if isinstance(inside, nn.Module):  # a compiled model: its paths are those of the original
-        model = inside
+    model = uncompiled(model)
     existing = kept_by(model)
     _check_name(name, existing)
     _check_root(model, existing)

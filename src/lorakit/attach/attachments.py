@@ -13,7 +13,7 @@ from lorakit.attach.slot import AdapterParameters, Slot
 from lorakit.core.adapter import AdapterSpec
 from lorakit.core.method import DeltaMethod
 from lorakit.core.target import Target
-from lorakit.core.walk import HOME
+from lorakit.core.walk import HOME, base_modules
 from lorakit.errors import AdapterNameError, NotAttachedError, RoutingError, listing, near_matches
 
 _KEPT = "_lorakit"
@@ -125,6 +125,16 @@ def keep(model: nn.Module, attachments: Attachments | None) -> None:
         model.__dict__.pop(_KEPT, None)
     else:
         model.__dict__[_KEPT] = attachments
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The module that adapters were attached to: the model itself, or what a wrapper made afterwards holds.
+
+    Raises:
+        NotAttachedError: Nothing is attached.
+    """
+    kept = attachments_of(model)
+    return next(module for _, module in base_modules(model) if kept_by(module) is kept)
 
 
 def attachments_of(model: nn.Module) -> Attachments:

@@ -45,7 +45,7 @@ def merge(
     *,
     permanent: bool = False,
 ) -> None:
-    """Fold adapters into the weights: no added latency from here on.
+    """Fold adapters into the weights: what is left of their cost is an empty hook a layer, or nothing if permanent.
 
     While adapters are merged they act everywhere, and a route that asks for something else than what is
     merged plus other additive adapters is refused. `unmerge` puts every bit back.

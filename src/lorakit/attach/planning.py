@@ -43,6 +43,11 @@ def plan_method(
     elif isinstance(adapter, Mapping):
         if targets is not None:
             raise TargetError("A mapping names its targets in its keys: pass no targets with it.")
+        odd = [key for key in adapter if not isinstance(key, str)]
+        if odd:
+            raise TargetError(
+                f"A mapping's keys are presets, or names of layers or parameters; got {odd[0]!r}."
+            )
         choices = [([key] if not key.startswith("all-") else key, method) for key, method in adapter.items()]
     else:
         raise TargetError(
@@ -50,6 +55,7 @@ def plan_method(
             f"{type(adapter).__name__}."
         )
     plan: Plan = {}
+    places: dict[tuple[int, str], str] = {}
     for selector, method in choices:
         if not isinstance(method, Method):
             raise TargetError(
@@ -65,6 +71,11 @@ def plan_method(
                 raise UnsupportedTargetError(
                     f"{type(method).__name__} cannot adapt {target.path!r}: {reason}."
                 )
+            place = (id(target.module), target.parameter)
+            earlier = places.get(place)  # the same weight, perhaps by another name: `q_proj`, `q_proj.weight`
+            if earlier is not None:
+                del plan[earlier]
+            places[place] = target.path
             plan[target.path] = (target, resolved)
     if not plan:
         raise TargetError("The mapping is empty: it names no target to adapt.")

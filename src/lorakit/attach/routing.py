@@ -30,6 +30,8 @@ class Scope:
 
 
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
+# Whether a layer runs again under `checkpoint_contexts`: then even "no block was open" is known, and not a guess.
+_RERUN: ContextVar[bool] = ContextVar("lorakit_rerun", default=False)
 _COUNTING = threading.Lock()
 
 
@@ -81,15 +83,12 @@ def scoped(routing: Routing, training: bool) -> Route:
             if not routing.ran_scoped_with_grad and (training or torch.is_grad_enabled()):
                 routing.ran_scoped_with_grad = True
             return scope.route
-    if routing.ran_scoped_with_grad and torch._C._current_graph_task_id() != -1:
+    if routing.ran_scoped_with_grad and torch._C._current_graph_task_id() != -1 and not _RERUN.get():
         raise RoutingError(
-            "Activation checkpointing runs this layer again during backward, outside the `use` block of "
-            "the forward pass, "
-            "so the adapter that acted then is not known. Call loss.backward() inside the same `with "
-            "lorakit.use(...)`, "
-            "or choose the adapter with lorakit.set_active, or pass context_fn=lorakit.checkpoint_contexts "
-            "(and "
-            "use_reentrant=False) to the checkpoint function."
+            "Activation checkpointing runs this layer again during backward, outside the `use` block of the forward "
+            "pass, so the adapter that acted then is not known. Call loss.backward() inside the same "
+            "`with lorakit.use(...)`, or choose the adapter with lorakit.set_active, or pass "
+            "context_fn=lorakit.checkpoint_contexts (and use_reentrant=False) to the checkpoint function."
         )
     return routing.resting
 
@@ -169,8 +168,10 @@ def _again(then: Sequence[tuple[Routing, Route]]) -> Iterator[None]:
     scopes = [use_scope(routing, route) for routing, route in then]
     for scope in scopes:
         scope.__enter__()
+    token = _RERUN.set(True)
     try:
         yield
     finally:
+        _RERUN.reset(token)
         for scope in reversed(scopes):
             scope.__exit__(None, None, None)

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.attach.routing import Routing
-from lorakit.core.method import DeltaMethod, Method, WeightMethod
+from lorakit.core.method import DeltaMethod, Method
 from lorakit.core.route import Mix, Route, Rows
 from lorakit.core.target import Target
 from lorakit.core.walk import HOME
@@ -52,11 +52,19 @@ class Slot(nn.Module):
         return self._modules.get(name)  # type: ignore[return-value]
 
     # ---- a hooked layer's output
-    def adapt_output(self, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output under the route of this call; ``y`` is its base output and may be reused."""
+    def adapt_output(self, x: Tensor, y: Tensor, seen: bool = False) -> Tensor:
+        """The layer's output under the route of this call.
+
+        Args:
+            x: The layer's input.
+            y: Its base output, which is reused unless it was ``seen``.
+            seen: Whether somebody else holds ``y`` already.
+        """
         if not self.ran and not torch.compiler.is_compiling():
             self.ran = True
         route = self.routing.current(self.training)
+        if seen and any(name in self._modules for name in route.names):
+            y = y.clone()
         if y.is_nested:
             return self._nested(route, x, y)
         if isinstance(route, Mix):
@@ -158,10 +166,6 @@ class Slot(nn.Module):
             total = adapter.method.fold(self.target, adapter._parameters, total, W, weight)  # type: ignore[operator, union-attr]
         return self.target.from_matrix(total)
 
-    def mergeable(self) -> bool:
-        """Whether every adapter here defines a weight."""
-        return all(isinstance(a.method, WeightMethod) for a in self._modules.values())  # type: ignore[union-attr]
-
 
 def output_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """The forward hook of an adapted layer; a plain function, so copies and pickles of the model work."""
@@ -169,6 +173,5 @@ def output_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     x = args[0] if args else next(iter(kwargs.values()))
     # The output may be reused only if nobody else has seen it: no hook that ran before this one, no patched forward.
     first = next(iter(module._forward_hooks))
-    if first != slot.hook_id or _global_forward_hooks or "forward" in module.__dict__:  # type: ignore[union-attr]
-        output = output.clone()
-    return slot.adapt_output(x, output)  # type: ignore[operator, union-attr]
+    seen = first != slot.hook_id or bool(_global_forward_hooks) or "forward" in module.__dict__  # type: ignore[union-attr]
+    return slot.adapt_output(x, output, seen)  # type: ignore[operator, union-attr]

@@ -48,6 +48,7 @@ class Mix:
                 f"A route is an adapter's name, several names, {{name: weight}}, or None for the base; got {route!r}. "
                 "(One route for each row of a batch is given as rows=[...].)"
             )
+        route = list(route)
         if len(set(route)) != len(route):
             raise RoutingError(
                 f"An adapter is named twice in {list(route)}; give weights instead: {{name: weight}}."

@@ -55,6 +55,12 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield join(path, name), parameter
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside a compiled one, whose paths are the original's; any other module as it is."""
+    inside = getattr(model, "_orig_mod", None)
+    return inside if isinstance(inside, nn.Module) else model
+
+
 def join(path: str, name: str) -> str:
     """A dotted path and a name below it; the root's path is empty."""
     return f"{path}.{name}" if path else name

@@ -139,7 +139,8 @@ def _locate(path: Path, name: str | None, allow_pickle: bool) -> tuple[Path, Pat
     elif not _holds_adapter(path):
         if len(inside) > 1:
             raise AdapterFileError(
-                f"{path} holds several adapters: {listing(inside, most=20)}. Say which: name={inside[0]!r}."
+                f"{path} holds several adapters: {listing(inside, most=20)}. Say which: read(..., name={inside[0]!r}) "
+                f"or load(..., subfolder={inside[0]!r})."
             )
         if not inside:
             raise AdapterFileError(f"{path} holds no adapter: neither {CONFIG} nor {WEIGHTS} is there.")

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from lorakit.attach.attach import attach, state_of
-from lorakit.attach.attachments import attachments_of
+from lorakit.attach.attachments import attachments_of, root_of
 from lorakit.attach.report import AttachReport
 from lorakit.core.adapter import AdapterState
+from lorakit.core.walk import uncompiled
 from lorakit.errors import AdapterNameError, listing
 from lorakit.io.adapter_directory import read, write
 from lorakit.io.model_outline import outline_of
@@ -29,7 +30,7 @@ def save(model: nn.Module | AdapterState, directory: str | PathLike[str], *, nam
     Args:
         model: A model with adapters, or an `AdapterState`.
         directory: Made if it does not exist.
-        name: Which adapter of a model; may be left out when it has just one.
+        name: Which adapter of a model; may be left out when it has just one. A state is one adapter, and has no name.
 
     Returns:
         The directory.
@@ -47,7 +48,7 @@ def save(model: nn.Module | AdapterState, directory: str | PathLike[str], *, nam
                 f"This model carries several adapters: {listing(names)}. Say which: save(..., name=...)."
             )
         name = names[0]
-    return write(state_of(model, name, copy=False), directory, outline=outline_of(model))
+    return write(state_of(model, name, copy=False), directory, outline=outline_of(root_of(model)))
 
 
 def load(
@@ -86,6 +87,7 @@ def load(
         AdapterMismatchError: It does not fit this model.
         AdapterNameError: The name is taken.
     """
+    model = uncompiled(model)
     state = read(
         directory,
         name=subfolder,

@@ -192,7 +192,7 @@ def run(
 
 def _write_recipe(folder: Path, model: str, examples: int, questions: int, seed: int) -> Path:
     text = f"""\
-# What `lorakit demo` trains. Again: lorakit train {folder.name}/recipe.yaml --overwrite
+# What `lorakit demo` trains. Again: lorakit train {folder}/recipe.yaml --overwrite
 model: {{name: {json.dumps(model)}, dtype: float32}}
 adapter:
   method: lora

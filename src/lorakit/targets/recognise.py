@@ -115,11 +115,13 @@ def _embedding_target(path: str, module: nn.Embedding, stock: type[nn.Module]) -
         return EmbeddingTarget(path, module, storage)
     gain = getattr(module, "embed_scale", None)
     if gain is not None and module.weight.device.type != "meta":
-        value = float(torch.as_tensor(gain).to(module.weight.dtype))
-        index = torch.zeros(1, dtype=torch.long, device=module.weight.device)
+        scale = torch.as_tensor(gain).to(module.weight)
+        index = torch.arange(min(8, module.num_embeddings), device=module.weight.device)
         with torch.no_grad():
-            if torch.allclose(stock.forward(module, index), module.weight[index] * value):
-                return EmbeddingTarget(path, module, storage, gain=value)
+            rows = module._parameters["weight"][index]  # type: ignore[index]
+            scaled = bool(rows.any()) and scale.numel() == 1  # rows of zeros would say nothing
+            if scaled and torch.allclose(stock.forward(module, index), rows * scale):
+                return EmbeddingTarget(path, module, storage, gain=float(scale))
     return EmbeddingTarget(path, module, storage, binding="parameter")
 
 

@@ -82,6 +82,7 @@ def merge_to_folder(
             f"{out} exists and is not empty: name another folder, or overwrite it (--overwrite)."
         )
     resolved = resolve(model)
+    _check_apart(out, [Path.cwd(), *map(Path, adapters), *([resolved.path] if resolved.path else [])])
     loaded = load_model(resolved, dtype=dtype)
     tokenizer = load_tokenizer(resolved)
     mix = {f"adapter{i}": weight for i, weight in enumerate(weights)}
@@ -108,13 +109,44 @@ def merge_to_folder(
         _check(saved_difference, largest, again.dtype)
         del again
         part.chmod(0o777 & ~_umask())
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
+        _replace(out, part)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return MergeResult(out, merged_difference, saved_difference, largest, _difference(base, beside), size)
+
+
+def _check_apart(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output folder that holds, or lies in, what is still needed: replacing it would destroy that.
+
+    Raises:
+        ConfigError: Which one.
+    """
+    place = out.resolve()
+    for needed in inputs:
+        there = needed.resolve()
+        if (
+            there == place
+            or there.is_relative_to(place)
+            or (needed != Path.cwd() and place.is_relative_to(there))
+        ):
+            raise ConfigError(f"The merged model cannot go to {out}: {needed} is there. Name another folder.")
+
+
+def _replace(out: Path, new: Path) -> None:
+    """Put a finished folder in place of an older one, which is removed only when the new one is there."""
+    if not out.exists():
+        new.rename(out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    old = out.rename(aside / out.name)
+    try:
+        new.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
@@ -131,9 +163,9 @@ def _check(difference: float, largest: float, dtype: torch.dtype) -> None:
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 0.1)
     if not difference <= tolerance * max(1.0, largest):
         raise MergeError(
-            f"The saved model differs from the unmerged one by up to {difference:.2e} in a logit (largest "
-            f"logit {largest:.1f}); nothing "
-            "was kept. Please report this with the name of the model and the adapter's adapter_config.json."
+            f"The saved model differs from the unmerged one by up to {difference:.2e} in a logit (largest logit "
+            f"{largest:.1f}); nothing was kept. Please report this with the name of the model and the adapter's "
+            "adapter_config.json."
         )
 
 
