@@ -21,9 +21,8 @@ from lorakit.errors import ConfigError
 class TokenRows(WeightMethod):
     """Replace the vectors of the tokens ``ids``; every other row is untouched.
 
-    Where an output head is tied to the embedding, the same rows act there too. Parameters per target:
-    ``rows`` ``(len(ids), width)``, replacements and not differences. Cost per call: the looked-up tokens
-    only, never the table.
+    Where an output head is tied to the embedding, the same rows act there too. Parameters per target: ``rows``
+    ``(len(ids), width)``, replacements and not differences. The table itself is never rebuilt.
 
     Attributes:
         ids: Token ids, each once.
