@@ -58,7 +58,9 @@ def test_a_parent_of_one_adapter_needs_no_name(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     assert_equal(read(tmp_path), adapter(2))
     write(adapter(1), tmp_path / "other")
-    with pytest.raises(AdapterFileError, match=r"several adapters: other, sql\. Say which: read\\(..., name='other'\\)"):
+    with pytest.raises(
+        AdapterFileError, match=r"several adapters: other, sql\. Say which: read\(\.\.\., name='other'"
+    ):
         read(tmp_path)
 
 
