@@ -26,7 +26,7 @@ from lorakit.train import Answer, Progress, Recipe, Renderer, Silent, evaluate, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EXAMPLES = 576
+EXAMPLES = 512
 QUESTIONS = 100
 _RELOADED = 12  # questions that the fresh process answers again
 
@@ -197,8 +197,8 @@ model: {{name: {json.dumps(model)}, dtype: float32}}
 adapter:
   method: lora
   name: sql
-  r: 8
-  alpha: 16
+  r: 16
+  alpha: 32
   targets: all-linear
 data:
   builtin: text_to_sql
