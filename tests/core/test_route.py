@@ -93,3 +93,10 @@ def test_rows_without_what_is_merged() -> None:
 def test_rows_are_equal_by_what_they_route() -> None:
     assert Rows.of(["a", None]) == Rows.of(["a", None])
     assert Rows.of(["a", None]) != Rows.of([None, "a"])
+
+
+def test_places_put_the_groups_back_in_order() -> None:
+    route = Rows.of(["a", "b", None, "a"])
+    numbers, back = route.places()
+    assert [n.tolist() for n in numbers] == [[0, 3], [1], [2]]
+    assert torch.cat(numbers)[back].tolist() == [0, 1, 2, 3]

@@ -121,7 +121,7 @@ def attach(
         keep(model, attachments)
     if freeze:
         _freeze(model)
-    attached = Attached(spec, {}, trainable=train)
+    attached = Attached(spec, {})
     for path, (target, method) in plan.items():
         attached.slots[path] = _place(attachments, target, name, AdapterParameters(method, parameters[path]))
     for path, target in companions:

@@ -27,13 +27,11 @@ class Attached:
         spec: What it is.
         slots: Target path to the slot that holds its parameters.
         companions: Slots that share the parameters of another, where a weight is tied.
-        trainable: Whether its parameters were attached to be trained.
     """
 
     spec: AdapterSpec
     slots: dict[str, Slot]
     companions: list[Slot] = field(default_factory=list)
-    trainable: bool = True
 
 
 @dataclass

@@ -8,7 +8,7 @@ adapted value. The parameter stays where it was, under its own name, so ties and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -154,11 +154,7 @@ def _bound_forward(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(route, Rows):
             assert slot is not None
             return _by_rows(self, slot, route, stock_forward, args, kwargs)
-        token = _READ.set({})
-        try:
-            return stock_forward(self, *args, **kwargs)
-        finally:
-            _READ.reset(token)
+        return _reading_once(stock_forward, self, args, kwargs)
 
     return forward
 
@@ -203,19 +199,25 @@ def _by_rows(
             "own."
         )
     take = _take_attention if isinstance(module, nn.MultiheadAttention) else _take
-    pieces, order = [], []
-    for mix, rows in route.groups:
-        index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        order.append(index)
+    places, back = route.places()
+    pieces = []
+    for (mix, _), index in zip(route.groups, places, strict=True):
+        own = [take("", value, index, dim, size) for value in args]
+        named = {key: take(key, value, index, dim, size) for key, value in kwargs.items()}
         with use_scope(slot.routing, mix):
-            token = _READ.set({})
-            try:
-                own = [take("", value, index, dim, size) for value in args]
-                named = {key: take(key, value, index, dim, size) for key, value in kwargs.items()}
-                pieces.append(stock_forward(module, *own, **named))
-            finally:
-                _READ.reset(token)
-    return _together(pieces, torch.argsort(torch.cat(order)), dim)
+            pieces.append(_reading_once(stock_forward, module, own, named))
+    return _together(pieces, back, dim)
+
+
+def _reading_once(
+    stock_forward: Callable[..., Any], module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run the stock forward pass with each bound value computed at most once in it."""
+    token = _READ.set({})
+    try:
+        return stock_forward(module, *args, **kwargs)
+    finally:
+        _READ.reset(token)
 
 
 _ATTENTION_ARGUMENTS = (

@@ -13,7 +13,7 @@ from lorakit.core.adapter import AdapterState
 from lorakit.core.method import DeltaMethod, Method
 from lorakit.core.selection import Selector, pattern_matches
 from lorakit.core.target import Shape, Target
-from lorakit.core.walk import HOME, base_modules
+from lorakit.core.walk import HOME, base_modules, join
 from lorakit.errors import (
     AdapterMismatchError,
     MergeError,
@@ -124,8 +124,9 @@ def companions_of(model: nn.Module, plan: Plan) -> list[tuple[str, Target]]:
     found: list[tuple[str, Target]] = []
     for path, module in base_modules(model) if followers else ():
         for key, parameter in module._parameters.items():
-            own_path = path if key == "weight" else f"{path}.{key}".lstrip(".")
-            if id(parameter) not in followers or own_path in plan or f"{path}.{key}".lstrip(".") in plan:
+            parameter_path = join(path, key)
+            own_path = path if key == "weight" else parameter_path
+            if id(parameter) not in followers or own_path in plan or parameter_path in plan:
                 continue
             source = followers[id(parameter)]
             method = plan[source][1]

@@ -73,13 +73,12 @@ class Slot(nn.Module):
 
     def _mix(self, mix: Mix, x: Tensor, y: Tensor) -> Tensor:
         target, training, weights = self.target, self.training, mix.weights
-        if (
-            len(weights) == 1 and weights[0][1] == 1
-        ):  # the usual case, kept short: it runs for every layer and token
+        # The usual case, kept short: it runs for every layer and token.
+        if len(weights) == 1 and weights[0][1] == 1:
             only: Any = self._modules.get(weights[0][0])
-            return (
-                y if only is None else only.method.forward(target, only._parameters, x, y, training=training)
-            )
+            if only is None:
+                return y
+            return only.method.forward(target, only._parameters, x, y, training=training)
         acting = [(self._modules[name], weight) for name, weight in weights if name in self._modules]
         if all(isinstance(adapter.method, DeltaMethod) for adapter, _ in acting):  # type: ignore[union-attr]
             for adapter, weight in acting:
@@ -132,13 +131,9 @@ class Slot(nn.Module):
                     if changed is not part or not isinstance(rows, slice):
                         y[rows] = changed
             return y
-        order, pieces = [], []
-        for mix, rows in route.groups:
-            index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-            order.append(index)
-            pieces.append(self._mix(mix, x[rows], y[rows].clone()))
-        back = torch.argsort(torch.cat(order)).to(y.device)
-        return torch.cat(pieces).index_select(0, back)
+        pieces = [self._mix(mix, x[rows], y[rows].clone()) for mix, rows in route.groups]
+        _, back = route.places()
+        return torch.cat(pieces).index_select(0, back.to(y.device))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -106,6 +106,11 @@ class Rows:
         """All adapters that occur."""
         return tuple(dict.fromkeys(name for mix in self.mixes for name in mix.names))
 
+    def places(self) -> tuple[list[Tensor], Tensor]:
+        """The row numbers of each group, and the order that puts the groups, end to end, back into rows."""
+        numbers = [torch.arange(r.start, r.stop) if isinstance(r, slice) else r for _, r in self.groups]
+        return numbers, torch.argsort(torch.cat(numbers))
+
     def without(self, merged: Mix) -> Rows:
         """What is left to apply when ``merged`` is already in the weights."""
         mixes = tuple(mix.without(merged) for mix in self.mixes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorakit.core.walk import base_modules
+from lorakit.core.walk import base_modules, join
 from lorakit.io.outline import Outline
 
 
@@ -19,7 +19,7 @@ def outline_of(model: nn.Module) -> Outline:
     for path, module in base_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                sizes[f"{path}.{name}" if path else name] = tuple(parameter.shape)
+                sizes[join(path, name)] = tuple(parameter.shape)
         if getattr(module, "is_transposed", False):
             transposed.add(path)
         if isinstance(module, nn.Embedding):
