@@ -201,18 +201,18 @@ def test_a_default_that_is_measured_from_the_base_must_be_merged_as_well() -> No
 
 
 def test_running_out_of_memory_half_way_puts_back_what_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorakit.targets import LinearTarget
+    from lorakit.targets.dense import DenseStorage
 
     model = with_adapters(Mlp(), "a", "b")
     before = picture(model)
-    store = LinearTarget.set_weight
+    store = DenseStorage.store
 
-    def fails_at_the_second(self: LinearTarget, value: torch.Tensor) -> None:
-        if self.path == "fc2":
+    def fails_at_the_second(self: DenseStorage, module: nn.Module, name: str, value: torch.Tensor) -> None:
+        if module is model.fc2:
             raise MemoryError
-        store(self, value)
+        store(self, module, name, value)
 
-    monkeypatch.setattr(LinearTarget, "set_weight", fails_at_the_second)
+    monkeypatch.setattr(DenseStorage, "store", fails_at_the_second)
     with pytest.raises(MemoryError):
         lk.merge(model)
     assert picture(model) == before

@@ -55,7 +55,10 @@ def test_shapes_are_those_of_the_tensors(setting: str, kind: str) -> None:
     ((path, group),) = state.tensors.items()
     want = state.spec.methods[path].shapes(state.spec.shapes[path])
     assert {name: tuple(t.shape) for name, t in group.items()} == want
-    assert set(want) == set(case.parameters("a"))
+    shared = state.spec.methods[path].shared_shapes()
+    assert {name: tuple(t.shape) for name, t in state.shared.items()} == shared
+    assert {**want, **shared}.keys() == case.parameters("a").keys()
+    assert state.numel == sum(p.numel() for p in case.parameters("a").values())
 
 
 @pairs()
@@ -67,9 +70,13 @@ def test_shapes_can_be_counted_on_the_meta_device(setting: str, kind: str) -> No
     (counted,) = lk.find(model, names, adapts=method.adapts)
     (real,) = lk.find(KINDS[kind].build(), names, adapts=method.adapts)
     assert counted.shape == real.shape
-    started = method.for_path(real.path).start(real, torch.Generator().manual_seed(0))
-    assert {k: tuple(t.shape) for k, t in started.items()} == method.shapes(counted.shape)
-    assert all(torch.promote_types(t.dtype, torch.float32) is t.dtype for t in started.values())
+    here = method.for_targets({real.path: real.shape}).for_path(real.path)
+    draw = torch.Generator().manual_seed(0)
+    shared = here.start_shared(draw)
+    assert {k: tuple(t.shape) for k, t in shared.items()} == here.shared_shapes()
+    started = here.start(real, draw, shared)
+    assert {k: tuple(t.shape) for k, t in started.items()} == here.shapes(counted.shape)
+    assert all(torch.promote_types(t.dtype, torch.float32) is t.dtype for t in {**started, **shared}.values())
 
 
 def by_deepcopy(model: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ class Scaled(WeightMethod):
     def shapes(self, shape: Any) -> dict[str, tuple[int, ...]]:
         return {"k": (*shape.batch, shape.out)}
 
-    def start(self, target: Target, generator: Any) -> dict[str, Tensor]:
+    def start(self, target: Target, generator: Any, shared: Any) -> dict[str, Tensor]:
         return {"k": torch.ones(self.shapes(target.shape)["k"])}
 
     def weight(self, target: Target, p: Any, W: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Added(DeltaMethod):
     def shapes(self, shape: Any) -> dict[str, tuple[int, ...]]:
         return {"d": (*shape.batch, shape.out, shape.in_)}
 
-    def start(self, target: Target, generator: Any) -> dict[str, Tensor]:
+    def start(self, target: Target, generator: Any, shared: Any) -> dict[str, Tensor]:
         return {"d": torch.zeros(self.shapes(target.shape)["d"])}
 
     def delta(self, target: Target, p: Any) -> Tensor:
@@ -52,7 +52,7 @@ class Pair(LowRankMethod):
     def shapes(self, shape: Any) -> dict[str, tuple[int, ...]]:
         return {"a": (*shape.batch, 2, shape.in_), "b": (*shape.batch, shape.out, 2)}
 
-    def start(self, target: Target, generator: Any) -> dict[str, Tensor]:
+    def start(self, target: Target, generator: Any, shared: Any) -> dict[str, Tensor]:
         return {name: torch.zeros(size) for name, size in self.shapes(target.shape).items()}
 
     def factors(self, target: Any, p: Any) -> Factors:

@@ -23,7 +23,7 @@ class Halve(Method):
     def shapes(self, shape: Any) -> dict[str, tuple[int, ...]]:
         return {}
 
-    def start(self, target: Any, generator: Any) -> dict[str, Tensor]:
+    def start(self, target: Any, generator: Any, shared: Any) -> dict[str, Tensor]:
         return {}
 
     def forward(self, target: Any, p: Any, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:

@@ -65,7 +65,7 @@ def spectrum(state: AdapterState, path: str) -> Spectrum | None:
     method = getattr(method, "inner", method)
     if not isinstance(method, LowRankMethod):
         return None
-    tensors = {name: tensor.double() for name, tensor in state.tensors[path].items()}
+    tensors = {name: tensor.double() for name, tensor in state.parameters(path).items()}
     A, B, scale = method.factors(state.spec.shapes[path], tensors)
     small = torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT
     if not torch.isfinite(small).all():

@@ -3,6 +3,8 @@
 from lorakit.attach.active import set_active, use
 from lorakit.attach.attach import attach, detach, extract, trainable
 from lorakit.attach.merge import merge, unmerge
+from lorakit.attach.parameter_groups import parameter_groups
+from lorakit.attach.processes import training_processes
 from lorakit.attach.report import AttachReport, ModelReport, report
 from lorakit.attach.routing import checkpoint_contexts
 
@@ -14,9 +16,11 @@ __all__ = [
     "detach",
     "extract",
     "merge",
+    "parameter_groups",
     "report",
     "set_active",
     "trainable",
+    "training_processes",
     "unmerge",
     "use",
 ]

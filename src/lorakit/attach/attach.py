@@ -11,6 +11,7 @@ from lorakit.attach.attachments import Attached, Attachments, attachments_of, ke
 from lorakit.attach.binding import bind, find_slot, unbind
 from lorakit.attach.merge import check_finite, merge, restore_base
 from lorakit.attach.planning import (
+    Plan,
     check_beside_merged,
     check_one_formula,
     companions_of,
@@ -19,7 +20,7 @@ from lorakit.attach.planning import (
 )
 from lorakit.attach.report import AttachReport, attach_report
 from lorakit.attach.slot import AdapterParameters, Slot
-from lorakit.core.adapter import AdapterSpec, AdapterState
+from lorakit.core.adapter import AdapterSpec, AdapterState, shared_shapes
 from lorakit.core.method import Method
 from lorakit.core.route import OFF, Mix
 from lorakit.core.selection import Selector
@@ -89,6 +90,7 @@ def attach(
         if existing is not None and existing.merged:
             check_beside_merged(existing, plan)
         tensors: dict[str, Mapping[str, Tensor]] = dict(adapter.tensors)
+        shared = adapter.shared
         base, info = adapter.spec.base, adapter.spec.info
     else:
         if existing is not None and existing.merged:
@@ -98,7 +100,8 @@ def attach(
             )
         plan = plan_method(model, adapter, targets, exclude)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        tensors = {path: method.start(target, generator) for path, (target, method) in plan.items()}
+        shared = _start_shared(plan, generator)
+        tensors = {path: method.start(target, generator, shared) for path, (target, method) in plan.items()}
         base, info = getattr(getattr(model, "config", None), "_name_or_path", None) or None, {}
     spec = AdapterSpec(
         {path: method for path, (_, method) in plan.items()},
@@ -112,6 +115,7 @@ def attach(
         path: _parameters(target, method, tensors[path], dtype, keep_dtype, train)
         for path, (target, method) in plan.items()
     }
+    _add_shared(parameters, plan, shared, dtype, keep_dtype, train)
     companions = companions_of(model, plan)
     check_one_formula(plan, companions)
     # Nothing has been touched so far, and nothing below can fail.
@@ -146,16 +150,19 @@ def extract(model: nn.Module, name: str = "default") -> AdapterState:
 
 def state_of(model: nn.Module, name: str, *, copy: bool) -> AdapterState:
     """`extract`, or with ``copy=False`` the same on the live tensors, for saving."""
+
+    def value(p: Tensor) -> Tensor:
+        return p.detach().clone(memory_format=torch.contiguous_format) if copy else p.detach()
+
     attachments = attachments_of(model)
-    tensors = {
-        path: {
-            key: p.detach().clone(memory_format=torch.contiguous_format) if copy else p.detach()
-            for key, p in adapter._parameters.items()
-            if p is not None
-        }
-        for path, adapter in attachments.parameters_of(name)
-    }
-    return AdapterState(attachments.adapter(name).spec, tensors)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
+    for path, adapter in attachments.parameters_of(name):
+        common = adapter.method.shared_shapes()
+        own = {key: p for key, p in adapter._parameters.items() if p is not None}
+        tensors[path] = {key: value(p) for key, p in own.items() if key not in common}
+        shared |= {key: value(own[key]) for key in common if key not in shared}
+    return AdapterState(attachments.adapter(name).spec, tensors, shared)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -245,6 +252,36 @@ def _parameters(
                 value = value.clone()
             parameters[key] = nn.Parameter(value, requires_grad=train and key not in method.frozen)
     return parameters
+
+
+def _start_shared(plan: Plan, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """Fresh values of what all targets of the adapter share."""
+    methods = {path: method for path, (_, method) in plan.items()}
+    wanted = shared_shapes(methods)
+    shared: dict[str, Tensor] = {}
+    for method in methods.values() if wanted else ():
+        if not set(method.shared_shapes()) <= set(shared):
+            shared |= method.start_shared(generator)
+    return shared
+
+
+def _add_shared(
+    parameters: Mapping[str, dict[str, nn.Parameter]],
+    plan: Plan,
+    shared: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    keep_dtype: bool,
+    train: bool,
+) -> None:
+    """Give every target that shares tensors the same parameter objects, one set for each device."""
+    made: dict[torch.device, dict[str, nn.Parameter]] = {}
+    for path, (target, method) in plan.items():
+        names = method.shared_shapes()
+        if names:
+            here = made.setdefault(target.stored.device, {})
+            missing = {name: shared[name] for name in names if name not in here}
+            here.update(_parameters(target, method, missing, dtype, keep_dtype, train))
+            parameters[path].update({name: here[name] for name in names})
 
 
 def _place(attachments: Attachments, target: Target, name: str, adapter: AdapterParameters) -> Slot:

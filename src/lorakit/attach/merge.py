@@ -27,10 +27,10 @@ from lorakit.targets.dense import DenseStorage
 
 
 class _New(NamedTuple):
-    """A weight that is ready to be put in place, in the dtype that it is stored with."""
+    """A weight that is ready to be put in place, in its stored layout and dtype."""
 
     target: Target
-    matrix: Tensor
+    value: Tensor
     bias: Tensor | None
 
     def changes(self) -> list[tuple[int, str]]:
@@ -216,16 +216,17 @@ def _fold(
             )
         p = {key: value.detach().to(wide) for key, value in adapter._parameters.items() if value is not None}
         base = target.to_matrix(stored)
+        so_far = stored if total is None else total
         running = base if total is None else target.to_matrix(total)
         with own_precision(stored):
-            total = target.from_matrix(method.fold(target, p, running, base, weight))
+            total = target.replaced(so_far, method.fold(target, p, running, base, weight))
         extra = method.bias_delta(target, p)
         if extra is not None:
             bias = weight * extra if bias is None else bias + weight * extra
     assert total is not None
     if added is not None:
         total = total + added
-    return _New(first, _rounded(first.to_matrix(total), dtype, first.path, mix), None), bias
+    return _New(first, _rounded(total, dtype, first.path, mix), None), bias
 
 
 def check_finite(attachments: Attachments, mix: Mix) -> None:
@@ -247,7 +248,7 @@ def check_finite(attachments: Attachments, mix: Mix) -> None:
 def _store(item: _New) -> Merged:
     target, module = item.target, item.target.module
     old = Merged(target, target.storage.snapshot(module, target.parameter), None, item.bias is not None)
-    target.set_weight(item.matrix)
+    target.storage.store(module, target.parameter, item.value)
     if item.bias is not None:
         old.bias = module._parameters.get("bias")
         module._parameters["bias"] = nn.Parameter(item.bias, requires_grad=False)

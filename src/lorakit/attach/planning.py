@@ -63,8 +63,9 @@ def plan_method(
             )
         found = find(model, selector, exclude=exclude if len(choices) == 1 else None, adapts=method.adapts)
         _check_patterns(method, [t.path for t in found])
+        for_all = method.for_targets({t.path: t.shape for t in found})
         for target in found:
-            resolved = method.for_path(target.path)
+            resolved = for_all.for_path(target.path)
             check_bindable(target)
             reason = resolved.supports(target)
             if reason is not None:

@@ -47,22 +47,26 @@ class AttachReport:
         sites: Where it is.
         base_parameters: Numbers in the base model, tied weights once.
         active: The adapters that act by default now.
+        shared: Numbers in the tensors that all targets share.
+        shared_trainable: Those of them that require a gradient.
     """
 
     name: str
     sites: tuple[SiteReport, ...]
     base_parameters: int
     active: tuple[str, ...]
+    shared: int = 0
+    shared_trainable: int = 0
 
     @property
     def parameters(self) -> int:
         """Numbers in the adapter."""
-        return sum(site.parameters for site in self.sites)
+        return self.shared + sum(site.parameters for site in self.sites)
 
     @property
     def trainable(self) -> int:
         """Numbers that require a gradient."""
-        return sum(site.trainable for site in self.sites)
+        return self.shared_trainable + sum(site.trainable for site in self.sites)
 
     def __str__(self) -> str:
         share = 100 * self.parameters / max(1, self.base_parameters)
@@ -71,6 +75,8 @@ class AttachReport:
             f"({share:.3f} % of the base's {self.base_parameters:,}), {self.trainable:,} trainable",
             *_table(self.sites),
         ]
+        if self.shared:
+            lines.append(f"  shared by all targets: {self.shared:,}")
         if self.name not in self.active:
             acting = ", ".join(self.active) or "none (the base model)"
             lines.append(
@@ -124,12 +130,15 @@ def report(model: nn.Module) -> ModelReport:
 def attach_report(model: nn.Module, attachments: Attachments, name: str) -> AttachReport:
     """The report on one adapter."""
     sites = []
+    shared: dict[str, nn.Parameter] = {}
     attached = attachments.adapter(name)
     for path, slot in attached.slots.items():
         adapter = slot.adapter(name)
         assert adapter is not None
-        parameters = [p for p in adapter._parameters.values() if p is not None]
         method = adapter.method
+        common = method.shared_shapes()
+        parameters = [p for key, p in adapter._parameters.items() if p is not None and key not in common]
+        shared |= {key: p for key in common if (p := adapter._parameters[key]) is not None}
         inner = getattr(method, "inner", method)
         sites.append(
             SiteReport(
@@ -145,7 +154,14 @@ def attach_report(model: nn.Module, attachments: Attachments, name: str) -> Atta
             )
         )
     base = sum(p.numel() for _, p in base_parameters(model))
-    return AttachReport(name, tuple(sites), base, attachments.routing.default.names)
+    return AttachReport(
+        name,
+        tuple(sites),
+        base,
+        attachments.routing.default.names,
+        sum(p.numel() for p in shared.values()),
+        sum(p.numel() for p in shared.values() if p.requires_grad),
+    )
 
 
 def _table(sites: tuple[SiteReport, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from lorakit.core.adapter import AdapterSpec, AdapterState
 from lorakit.core.method import DeltaMethod, Factors, LowRankMethod, Method, WeightMethod
+from lorakit.core.process import Site, TrainingProcess
 from lorakit.core.registry import METHODS, method_from_json, register
 from lorakit.core.route import OFF, Mix, Route, Rows
 from lorakit.core.target import Shape, Storage, Target
@@ -19,8 +20,10 @@ __all__ = [
     "Route",
     "Rows",
     "Shape",
+    "Site",
     "Storage",
     "Target",
+    "TrainingProcess",
     "WeightMethod",
     "method_from_json",
     "register",

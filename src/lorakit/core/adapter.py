@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorakit.core.method import Method
 from lorakit.core.target import Shape
-from lorakit.errors import AdapterFileError, listing
+from lorakit.errors import AdapterFileError, ConfigError, listing
 from lorakit.ops import all_finite
 
 
@@ -44,10 +44,16 @@ class AdapterState:
     """A spec with its tensors: ``tensors[path][name]`` has the size ``spec.methods[path].shapes(...)[name]``.
 
     `lorakit.extract` makes one from a model, `lorakit.attach` puts one on a model; they are inverses.
+
+    Attributes:
+        spec: What it is.
+        tensors: Target path to that target's own tensors, by name.
+        shared: The tensors that all targets share, by name; for almost all methods there are none.
     """
 
     spec: AdapterSpec
     tensors: Mapping[str, Mapping[str, Tensor]]
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if set(self.tensors) != set(self.spec.methods):
@@ -63,16 +69,33 @@ class AdapterState:
                     f"At {path!r}, {method.name} on a {self.spec.shapes[path]} target has tensors {want}; "
                     f"found {have}."
                 )
+        want = shared_shapes(self.spec.methods)
+        have = {name: tuple(t.shape) for name, t in self.shared.items()}
+        if want != have:
+            raise AdapterFileError(f"The targets of this adapter share tensors {want}; found {have}.")
+
+    def parameters(self, path: str) -> dict[str, Tensor]:
+        """All tensors that act at one target: its own and the shared ones."""
+        own = self.tensors[path]
+        return {**own, **self.shared} if self.spec.methods[path].shared_shapes() else dict(own)
+
+    def all_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Every tensor once, as (path, name, tensor); the path of a shared one is empty."""
+        for path, group in self.tensors.items():
+            for name, tensor in group.items():
+                yield path, name, tensor
+        for name, tensor in self.shared.items():
+            yield "", name, tensor
 
     @property
     def numel(self) -> int:
         """Numbers in all tensors."""
-        return sum(t.numel() for group in self.tensors.values() for t in group.values())
+        return sum(t.numel() for _, _, t in self.all_tensors())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for group in self.tensors.values() for t in group.values())
+        return sum(t.numel() * t.element_size() for _, _, t in self.all_tensors())
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> AdapterState:
         """A copy with tensors of another dtype or on another device."""
@@ -80,13 +103,26 @@ class AdapterState:
             path: {name: t.to(device=device, dtype=dtype) for name, t in group.items()}
             for path, group in self.tensors.items()
         }
-        return AdapterState(self.spec, moved)
+        shared = {name: t.to(device=device, dtype=dtype) for name, t in self.shared.items()}
+        return AdapterState(self.spec, moved, shared)
 
     def non_finite(self) -> list[str]:
         """Names ``path:tensor`` of the tensors that hold a NaN or an infinity."""
-        return [
-            f"{path}:{name}"
-            for path, group in self.tensors.items()
-            for name, t in group.items()
-            if not all_finite(t)
-        ]
+        return [f"{path}:{name}".lstrip(":") for path, name, t in self.all_tensors() if not all_finite(t)]
+
+
+def shared_shapes(methods: Mapping[str, Method]) -> dict[str, tuple[int, ...]]:
+    """Name to size of what the targets of an adapter share.
+
+    Raises:
+        ConfigError: Two targets would share tensors of the same name and different sizes.
+    """
+    shared: dict[str, tuple[int, ...]] = {}
+    for path, method in methods.items():
+        for name, size in method.shared_shapes().items():
+            if shared.setdefault(name, size) != size:
+                raise ConfigError(
+                    f"All targets of one adapter share {name!r}, but {path!r} needs it in size {size} and another "
+                    f"target in size {shared[name]}. Put them in two adapters."
+                )
+    return shared

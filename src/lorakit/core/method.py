@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorakit.core.process import Site, TrainingProcess
 from lorakit.core.target import Shape, Target
 
 Tensors = Mapping[str, Tensor]
@@ -64,11 +65,19 @@ class Method(ABC):
 
     @abstractmethod
     def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
-        """Parameter name to size, from the facts of a target alone: what a planner counts."""
+        """Name to size of a target's own parameters, from the facts of the target alone: what a planner counts."""
+
+    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to size of the parameters that all targets of an adapter share: stored, moved and counted once."""
+        return {}
 
     @abstractmethod
-    def start(self, target: Target, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Fresh parameters for a target, on the CPU or on the target's device, in at least float32."""
+    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
+        """Fresh parameters of a target's own, beside those ``shared``: on the CPU or its device, at least float32."""
+
+    def start_shared(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Fresh shared parameters, see ``shared_shapes``."""
+        return {}
 
     @abstractmethod
     def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
@@ -76,7 +85,7 @@ class Method(ABC):
 
         Args:
             target: The layer.
-            p: This adapter's parameters at this target.
+            p: This adapter's parameters at this target, the shared ones included.
             x: The layer's input.
             y: The layer's base output, owned by the callee: it may be changed in place and returned.
             training: Whether dropout is active.
@@ -90,9 +99,21 @@ class Method(ABC):
         """This method with its per-pattern settings resolved for one target."""
         return self
 
+    def for_targets(self, shapes: Mapping[str, Shape]) -> Method:
+        """This method with the settings resolved that depend on all of its targets (path to facts) together."""
+        return self
+
     def patterns(self) -> tuple[str, ...]:
         """The per-pattern keys, so that one which matches nothing can be refused."""
         return ()
+
+    def process(self, sites: Sequence[Site], total_steps: int) -> TrainingProcess | None:
+        """What runs along with the training of the targets that this method adapts; None for most methods."""
+        return None
+
+    def compact(self, shape: Shape, tensors: Tensors) -> tuple[Method, Tensors]:
+        """The same change with what has no effect left out, for saving: a method and its tensors at one target."""
+        return self, tensors
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that `method_from_json` turns back into an equal method."""

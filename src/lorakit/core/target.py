@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["linear", "embedding", "conv", "parameter"]
-Binding = Literal["forward", "parameter"]
+Kind = Literal["linear", "embedding", "conv", "parameter", "module", "attention", "model"]
+Binding = Literal["forward", "parameter", "attention", "inputs"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Shape:
     """The facts of a target that shapes and files depend on; pure data, so it needs no model.
 
     Attributes:
-        kind: ``linear``, ``embedding``, ``conv`` or ``parameter``.
+        kind: ``linear``, ``embedding``, ``conv`` or ``parameter``: a weight. ``module``: a block that maps vectors to
+            vectors; ``attention``: an attention whose keys and values can be extended; ``model``: a whole model.
         batch: Leading sizes of the stack: ``()`` for one matrix, ``(groups,)``, ``(experts,)``.
         out: Rows of each matrix.
         in_: Columns of each matrix.
@@ -140,10 +141,6 @@ class Target(ABC):
         """The base weight as a dense stack ``(*batch, out, in)``."""
         return self.to_matrix(self.storage.load(self.module, self.parameter))
 
-    def set_weight(self, value: Tensor) -> None:
-        """Store a stack ``(*batch, out, in)``; rounded once to the stored dtype."""
-        self.storage.store(self.module, self.parameter, self.from_matrix(value))
-
     @abstractmethod
     def to_matrix(self, stored: Tensor) -> Tensor:
         """The stored layout as ``(*batch, out, in)``; a view where possible."""
@@ -151,6 +148,10 @@ class Target(ABC):
     @abstractmethod
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of ``to_matrix``."""
+
+    def replaced(self, stored: Tensor, matrix: Tensor) -> Tensor:
+        """The stored layout with ``matrix`` in place of what ``to_matrix(stored)`` gave; ``stored`` is not changed."""
+        return self.from_matrix(matrix)
 
     # ---- maps
     @abstractmethod

@@ -263,4 +263,4 @@ def _with_info(state: AdapterState, embedded: Embedded, config: Mapping[str, Any
         info["peft"] = now
     elif "transposed" in now:
         info["peft"] = {**info.get("peft", {}), "transposed": now["transposed"]}
-    return AdapterState(dataclasses.replace(state.spec, info=info), state.tensors)
+    return dataclasses.replace(state, spec=dataclasses.replace(state.spec, info=info))

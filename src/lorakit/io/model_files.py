@@ -119,4 +119,5 @@ def _without_repeated_tables(model: nn.Module, state: AdapterState) -> AdapterSt
         methods={path: method for path, method in state.spec.methods.items() if path not in repeated},
         shapes={path: shape for path, shape in state.spec.shapes.items() if path not in repeated},
     )
-    return AdapterState(spec, {path: group for path, group in state.tensors.items() if path not in repeated})
+    tensors = {path: group for path, group in state.tensors.items() if path not in repeated}
+    return AdapterState(spec, tensors, state.shared)

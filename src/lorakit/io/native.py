@@ -3,7 +3,8 @@
 ``adapter_config.json`` has ``peft_type`` ``"LORAKIT"``, which makes PEFT stop instead of loading something else, and
 a section ``lorakit``: ``format`` (1), ``methods`` (each once), ``targets`` (path, index of the method,
 shape), ``info``,
-and ``why_not_peft``. Tensors stand under ``path|name`` in the matrix layout of `AdapterState`.
+and ``why_not_peft``. Tensors stand under ``path|name`` in the matrix layout of `AdapterState`; those that all targets
+share under ``|name``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakit.core.adapter import AdapterSpec, AdapterState
+from lorakit.core.adapter import AdapterSpec, AdapterState, shared_shapes
 from lorakit.core.method import Method
 from lorakit.core.registry import method_from_json
 from lorakit.core.target import Shape
@@ -43,7 +44,7 @@ def to_native(state: AdapterState, reasons: Sequence[str]) -> tuple[dict[str, An
         "why_not_peft": list(reasons),
     }
     config = {"peft_type": PEFT_TYPE, "base_model_name_or_path": state.spec.base, "lorakit": section}
-    tensors = {f"{path}|{name}": t for path, group in state.tensors.items() for name, t in group.items()}
+    tensors = {f"{path}|{name}": t for path, name, t in state.all_tensors()}
     return config, tensors
 
 
@@ -78,6 +79,7 @@ def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
     expected = {
         f"{path}|{name}": (path, name) for path, method in of.items() for name in method.shapes(shapes[path])
     }
+    expected |= {f"|{name}": ("", name) for name in shared_shapes(of)}
     missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unexpected:
         parts = [f"{len(missing)} missing: {listing(missing)}." if missing else ""]
@@ -87,7 +89,8 @@ def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
         raise AdapterFileError(
             "The tensors are not those that adapter_config.json describes. " + " ".join(filter(None, parts))
         )
-    grouped: dict[str, dict[str, Tensor]] = {path: {} for path in of}
+    grouped: dict[str, dict[str, Tensor]] = {"": {}, **{path: {} for path in of}}
     for key, (path, name) in expected.items():
         grouped[path][name] = tensors[key]
-    return AdapterState(AdapterSpec(of, shapes, config.get("base_model_name_or_path"), info), grouped)
+    shared = grouped.pop("")
+    return AdapterState(AdapterSpec(of, shapes, config.get("base_model_name_or_path"), info), grouped, shared)

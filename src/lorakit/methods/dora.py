@@ -8,13 +8,14 @@ Source: Liu et al. 2024 (arXiv 2402.09353), equations 5 and 11. The norm runs al
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lorakit.core.method import DeltaMethod, LowRankMethod, Tensors, WeightMethod
+from lorakit.core.process import Site, TrainingProcess
 from lorakit.core.registry import register
 from lorakit.core.target import Shape, Target
 from lorakit.errors import ConfigError
@@ -62,15 +63,45 @@ class DoRA(WeightMethod):
         """Those of the inner method."""
         return self.inner.patterns()
 
+    def for_targets(self, shapes: Mapping[str, Shape]) -> DoRA:
+        """The inner method's settings for all targets."""
+        inner = self.inner.for_targets(shapes)
+        assert isinstance(inner, DeltaMethod)
+        return dataclasses.replace(self, inner=inner)
+
+    def process(self, sites: Sequence[Site], total_steps: int) -> TrainingProcess | None:
+        """That of the inner method."""
+        inside = []
+        for site in sites:
+            assert isinstance(site.method, DoRA)
+            inside.append(site._replace(method=site.method.inner))
+        return self.inner.process(inside, total_steps)
+
+    def compact(self, shape: Shape, tensors: Tensors) -> tuple[DoRA, Tensors]:
+        """That of the inner method, beside the magnitude."""
+        inner, kept = self.inner.compact(shape, {k: t for k, t in tensors.items() if k != "magnitude"})
+        assert isinstance(inner, DeltaMethod)
+        return dataclasses.replace(self, inner=inner), {**kept, "magnitude": tensors["magnitude"]}
+
+    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of the inner method."""
+        return self.inner.shared_shapes()
+
+    def start_shared(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Those of the inner method."""
+        return self.inner.start_shared(generator)
+
     def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Those of the inner method, and ``magnitude`` ``(*batch, out)``."""
         return {**self.inner.shapes(shape), "magnitude": (*shape.batch, shape.out)}
 
-    def start(self, target: Target, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def start(
+        self, target: Target, generator: torch.Generator | None, shared: Tensors
+    ) -> dict[str, Tensor]:
         """The inner start, with the magnitude at the norms, so that the output is unchanged."""
-        inner = self.inner.start(target, generator)
+        inner = self.inner.start(target, generator, shared)
         W = target.weight()
-        on_base = {name: t.to(W.device) for name, t in inner.items()}
+        on_base = {name: t.to(W.device) for name, t in {**inner, **shared}.items()}
         return {
             **inner,
             "magnitude": self.norms(target, on_base, W).to(torch.promote_types(W.dtype, torch.float32)),

@@ -32,7 +32,9 @@ class FullFineTuning(WeightMethod):
         """``value``, the size of the weight."""
         return {"value": (*shape.batch, shape.out, shape.in_)}
 
-    def start(self, target: Target, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def start(
+        self, target: Target, generator: torch.Generator | None, shared: Tensors
+    ) -> dict[str, Tensor]:
         """A copy of the base."""
         return {"value": target.weight().clone()}
 

@@ -107,7 +107,9 @@ class LoRA(LowRankMethod):
             sizes["lora_bias"] = (math.prod(shape.batch) * shape.out,)
         return sizes
 
-    def start(self, target: Target, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def start(
+        self, target: Target, generator: torch.Generator | None, shared: Tensors
+    ) -> dict[str, Tensor]:
         """Factors whose product is zero.
 
         Raises:

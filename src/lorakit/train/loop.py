@@ -182,7 +182,7 @@ class AdapterTrainer(Trainer):
             for path, adapter in attachments.parameters_of(self.adapter):
                 for name, parameter in adapter._parameters.items():
                     if parameter is not None:
-                        parameter.copy_(state.tensors[path][name])
+                        parameter.copy_(state.parameters(path)[name])
 
 
 class Reporting(TrainerCallback):
