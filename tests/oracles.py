@@ -9,6 +9,7 @@ autograd through an oracle is the reference for gradients.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -69,11 +70,15 @@ def _grid(shape: torch.Size, position: tuple[int, ...]) -> list[Tensor]:
 
 
 def lora(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
-    """``W + s B A`` and ``b + s lora_bias``; Hu et al. 2021, Kalajdzievski 2023."""
+    """``W + s B A`` and ``b + s lora_bias``; Hu et al. 2021, Kalajdzievski 2023.
+
+    With a start that PEFT takes from the base (Meng et al. 2024): ``(W - s B_0 A_0) + s B A``.
+    """
     s = settings.alpha / {"lora": settings.r, "rslora": math.sqrt(settings.r)}[settings.scaling]
-    values = {
-        parameter: module._parameters[parameter] + s * product(module, parameter, p["lora_A"], p["lora_B"])
-    }
+    base = module._parameters[parameter]
+    if "start_A" in p:
+        base = base - s * product(module, parameter, p["start_A"], p["start_B"])
+    values = {parameter: base + s * product(module, parameter, p["lora_A"], p["lora_B"])}
     if settings.bias:
         bias = module._parameters["bias"]
         change = s * p["lora_bias"]
@@ -81,25 +86,65 @@ def lora(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tenso
     return values
 
 
+def adalora(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
+    """``W + alpha / (r0 + 1e-5) B diag(E) A`` with the rank ``r0`` at the start; Zhang et al. 2023 and their code."""
+    s = settings.alpha / (settings.init_r + 1e-5)
+    change = product(module, parameter, p["lora_E"] * p["lora_A"], p["lora_B"])
+    return {parameter: module._parameters[parameter] + s * change}
+
+
+def dylora(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
+    """``W + alpha / b B diag(active) A``, ``b`` of them active; Valipour et al. 2022 and their code."""
+    active = p["dylora_active"]
+    change = product(module, parameter, active.reshape(-1, 1) * p["lora_A"], p["lora_B"])
+    return {parameter: module._parameters[parameter] + settings.alpha / active.sum() * change}
+
+
+def ia3(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
+    """Output features times ``l``, the bias too; or input features times ``l``; Liu et al. 2022, section 3.3."""
+    stored, bias, gain = module._parameters[parameter], module._parameters.get("bias"), p["ia3_l"]
+    assert stored is not None
+    layer = parameter == "weight" and isinstance(module, LAYERS)
+    if settings.side == "output":
+        if not layer:
+            return {parameter: gain[..., :, None] * stored}
+        stored_out_first = isinstance(module, (nn.Linear, *CONVOLUTIONS))
+        at = 0 if stored_out_first else 1
+        scaled = torch.stack(
+            [g * part for g, part in zip(gain.flatten(), stored.unbind(at), strict=True)], at
+        )
+        return {parameter: scaled} if bias is None else {parameter: scaled, "bias": gain.flatten() * bias}
+    if layer and isinstance(module, CONVOLUTIONS):
+        groups = stored.chunk(int(module.groups))  # type: ignore[arg-type]
+        gains = gain.reshape(len(groups), -1)
+        blocks = [torch.einsum("oi...,i->oi...", block, g) for block, g in zip(groups, gains, strict=True)]
+        return {parameter: torch.cat(blocks)}
+    if layer and not isinstance(module, nn.Linear):  # Conv1D
+        return {parameter: torch.diag(gain) @ stored}
+    return {parameter: gain[..., None, :] * stored}
+
+
 def dora(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
-    """``m V / |V|`` along each output feature with the norm detached; Liu et al. 2024, section 4.3."""
+    """``m V / |V|`` along each output feature, by default with the norm detached; Liu et al. 2024, section 4.3."""
     inner = ORACLES[settings.inner.name](module, parameter, settings.inner, p)
     V = inner[parameter]
+    measured = V.detach() if settings.detach_norm else V
     if parameter != "weight" or not isinstance(module, LAYERS):  # (..., out, in)
-        norm = V.detach().square().sum(-1, keepdim=True).sqrt()
+        norm = measured.square().sum(-1, keepdim=True).sqrt()
         return {parameter: p["magnitude"].reshape(norm.shape) * V / norm}
     if isinstance(module, (nn.Linear, *CONVOLUTIONS)):  # (out, everything else)
-        norm = V.detach().flatten(1).square().sum(1).sqrt().reshape(-1, *(1,) * (V.dim() - 1))
+        norm = measured.flatten(1).square().sum(1).sqrt().reshape(-1, *(1,) * (V.dim() - 1))
         return {parameter: p["magnitude"].reshape(norm.shape) * V / norm}
-    norm = V.detach().square().sum(0).sqrt()  # Embedding (vocabulary, out) and Conv1D (in, out)
+    norm = measured.square().sum(0).sqrt()  # Embedding (vocabulary, out) and Conv1D (in, out)
     return {parameter: V * (p["magnitude"] / norm)}
 
 
 def full(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
-    """The trained value itself."""
+    """The trained value itself; that of a slice is ``(rows, in)`` also where the layer stores its transpose."""
     stored = module._parameters[parameter]
     assert stored is not None
-    return {parameter: p["value"][:, 0] if stored.dim() == 1 else p["value"]}
+    value = p["value"][:, 0] if stored.dim() == 1 else p["value"]
+    return {parameter: value if value.shape == stored.shape else value.mT}
 
 
 def token_rows(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
@@ -111,6 +156,116 @@ def token_rows(module: nn.Module, parameter: str, settings: Any, p: Mapping[str,
     for k, token in enumerate(settings.ids):
         vectors[token] = p["rows"][k]
     return {parameter: torch.stack(vectors, dim=1 if transposed else 0)}
+
+
+def dense(module: nn.Module, parameter: str, change: Tensor) -> Tensor:
+    """A stack of matrices ``(*batch, out, in)`` in the layout in which this layer stores its weight."""
+    eye = torch.eye(change.shape[-2], dtype=change.dtype)
+    return product(module, parameter, change, eye.expand(*change.shape[:-2], -1, -1))
+
+
+def each(formula: Callable[..., Tensor], stacked: bool, *tensors: Tensor) -> Tensor:
+    """A formula for one matrix, for every index of the leading dimension where there is one."""
+    return (
+        torch.stack([formula(*one) for one in zip(*tensors, strict=True)]) if stacked else formula(*tensors)
+    )
+
+
+def vera(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
+    """``W + diag(b) B diag(d) A`` with the first rows and columns of the shared pair; Kopiczko et al. 2023, eq. 2."""
+    d, b = p["vera_lambda_d"], p["vera_lambda_b"]
+    stored = module._parameters[parameter]
+    assert stored is not None
+    columns = stored.numel() // b.numel()
+
+    def change(d: Tensor, b: Tensor) -> Tensor:
+        return torch.diag(b) @ p["vera_B"][: len(b)] @ torch.diag(d) @ p["vera_A"][:, :columns]
+
+    return {parameter: stored + dense(module, parameter, each(change, d.dim() > 1, d, b))}
+
+
+def tucker(core: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``W[o, c, k] = sum_ij core[i, j, k] rows[i, o] columns[j, c]``, unfolded."""
+    return torch.einsum("ij...,io,jc->oc...", core, rows, columns).flatten(1)
+
+
+def loha(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
+    """``W + s (B1 A1) * (B2 A2)`` entry by entry; Yeh et al. 2023, section 3."""
+    parts = []
+    for k in ("1", "2"):
+        w_a, w_b, core = p[f"hada_w{k}_a"], p[f"hada_w{k}_b"], p.get(f"hada_t{k}")
+        if core is None:
+            parts.append(product(module, parameter, w_b, w_a))
+        else:
+            parts.append(dense(module, parameter, each(tucker, w_a.dim() > 2, core, w_a, w_b)))
+    return {parameter: module._parameters[parameter] + settings.alpha / settings.r * parts[0] * parts[1]}
+
+
+def lokr(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
+    """``W + s (W1 kron W2)``; LyCORIS has ``s = 1`` where both are full. Yeh et al. 2023, section 3."""
+    s = settings.alpha / settings.r
+    if settings.scaling == "lycoris" and "lokr_w1" in p and "lokr_w2" in p:
+        s = 1.0
+    stacked = (p["lokr_w1"] if "lokr_w1" in p else p["lokr_w1_a"]).dim() > 2
+    W1 = (
+        p["lokr_w1"] if "lokr_w1" in p else torch.einsum("...ar,...rc->...ac", p["lokr_w1_a"], p["lokr_w1_b"])
+    )
+    if "lokr_w2" in p:
+        W2 = each(lambda w: w.flatten(1), stacked, p["lokr_w2"])
+    elif "lokr_t2" in p:
+        W2 = each(tucker, stacked, p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
+    else:
+        W2 = torch.einsum("...br,...rd->...bd", p["lokr_w2_a"], p["lokr_w2_b"])
+    change = dense(module, parameter, each(torch.kron, stacked, W1, W2))
+    return {parameter: module._parameters[parameter] + s * change}
+
+
+def lora_c(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
+    """``W + alpha / r reshape(B A)``: channels kept apart, or the product's memory read as the kernel (loralib)."""
+    stored = module._parameters[parameter]
+    assert stored is not None
+    kernel = stored.shape[2:]
+    rows = math.prod(kernel[: len(kernel) // 2])
+
+    def change(A: Tensor, B: Tensor) -> Tensor:
+        B, A = B.reshape(-1, rows, B.shape[1]), A.reshape(A.shape[0], stored.shape[1], -1)
+        return torch.einsum("ouj,jcv->ocuv", B, A).flatten(1)
+
+    if settings.reshape == "view":
+        W = (p["lora_B"] @ p["lora_A"]).reshape(stored.shape)
+    else:
+        W = dense(module, parameter, each(change, p["lora_A"].dim() > 2, p["lora_A"], p["lora_B"]))
+    return {parameter: stored + settings.alpha / settings.r * W}
+
+
+def in_rows(
+    rows: tuple[int, ...],
+    oracle: Oracle,
+    module: nn.Module,
+    parameter: str,
+    settings: Any,
+    p: Mapping[str, Tensor],
+) -> Values:
+    """An oracle for a layer that has only these output rows, its values put where the rows are in the whole one."""
+    index = torch.tensor(rows)
+    transposed = isinstance(module, _conv1d_of_transformers())
+
+    def dim(name: str, stored: Tensor) -> int:
+        """The dimension of the outputs: the last of a vector or of a transposed matrix, else the last but one."""
+        return -1 if stored.dim() == 1 or (transposed and name == "weight") else -2
+
+    small = copy.copy(module)  # the same class and attributes, with fewer rows
+    small._parameters = {
+        name: None if stored is None else stored.index_select(dim(name, stored), index)
+        for name, stored in module._parameters.items()
+    }
+    values = oracle(small, parameter, settings, p)
+    placed: Values = {}
+    for name, value in values.items():
+        stored = module._parameters[name]
+        whole = torch.zeros(module.out_features, dtype=value.dtype) if stored is None else stored  # type: ignore[arg-type]
+        placed[name] = whole.index_copy(dim(name, value), index, value)
+    return placed
 
 
 def _conv1d_of_transformers() -> type[nn.Module]:
@@ -127,6 +282,14 @@ ORACLES: dict[str, Oracle] = {
     "full": full,
     "bitfit": full,
     "token_rows": token_rows,
+    "adalora": adalora,
+    "dylora": dylora,
+    "lora_fa": lora,
+    "ia3": ia3,
+    "vera": vera,
+    "loha": loha,
+    "lokr": lokr,
+    "lora_c": lora_c,
 }
 
 
@@ -148,3 +311,133 @@ def output(model: nn.Module, path: str, values: Values, x: Tensor) -> Tensor:
         if module._parameters[name] is None:  # a bias that the layer did not have
             module._parameters[name] = nn.Parameter(torch.zeros_like(values[name]), requires_grad=False)
     return functional_call(model, {f"{path}.{name}": value for name, value in values.items()}, (x,))
+
+
+# ---- methods that define no weight: the whole output ---------------------------------------------------------------
+def prefix(model: nn.Module, path: str, settings: Any, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Attention over ``[P_K; K]`` and ``[P_V; V]``, positions moved up by the length (Li and Liang 2021, 4.2)."""
+    if settings.mlp:
+        hidden = torch.tanh(p["embedding"] @ p["hidden"].T + p["hidden_bias"])
+        keys = hidden @ p["out_k"].T + p["out_k_bias"]
+        values = hidden @ p["out_v"].T + p["out_v_bias"]
+    else:
+        keys, values = p["prefix_k"], p["prefix_v"]
+    model = copy.deepcopy(model)
+    attention = model.get_submodule(path)
+
+    def forward(hidden_states: Tensor, position_embeddings: Any = None, **_: Any) -> tuple[Tensor, None]:
+        return attend(attention, hidden_states, position_embeddings, keys, values), None
+
+    attention.forward = forward  # type: ignore[method-assign]
+    positions = torch.arange(x.shape[1])[None] + settings.length
+    return model.layer(input_ids=x, position_ids=positions, use_cache=False).last_hidden_state  # type: ignore[no-any-return, operator, union-attr]
+
+
+def attend(
+    attention: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Head by head and row by row, over the given keys and values and those of the row's tokens."""
+    modules = dict(attention.named_children())
+    if "c_attn" in modules:
+        q, k, v = modules["c_attn"](hidden).chunk(3, dim=-1)
+    else:
+        names = ("q_proj", "k_proj", "v_proj") if "q_proj" in modules else ("query", "key", "value")
+        q, k, v = (modules[name](hidden) for name in names)
+    width = keys.shape[1] // (
+        k.shape[-1] // (getattr(attention, "head_dim", None) or attention.attention_head_size)
+    )
+    groups = q.shape[-1] // k.shape[-1]
+    out = torch.zeros_like(q)
+    seen = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool)
+    if "query" not in modules:  # not an encoder
+        seen = seen.tril()
+    for row in range(hidden.shape[0]):
+        for head in range(q.shape[-1] // width):
+            at, kv = slice(head * width, (head + 1) * width), head // groups
+            kv_at = slice(kv * width, (kv + 1) * width)
+            own_q, own_k = q[row, :, at], k[row, :, kv_at]
+            if rotation is not None:
+                own_q, own_k = (_rotated(t, *(r[0] for r in rotation)) for t in (own_q, own_k))
+            scores = own_q @ torch.cat([keys[:, kv_at], own_k]).T / math.sqrt(width)
+            blocked = torch.cat([torch.zeros(len(seen), len(keys), dtype=torch.bool), ~seen], dim=1)
+            weights = scores.masked_fill(blocked, -math.inf).softmax(-1)
+            out[row, :, at] = weights @ torch.cat([values[:, kv_at], v[row, :, kv_at]])
+    last = modules.get("o_proj", modules.get("c_proj"))
+    return out if last is None else last(out)
+
+
+def _rotated(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair ``(t_i, t_{i + d/2})`` turned by its position's angle; Su et al. 2021."""
+    half = t.shape[-1] // 2
+    turned = torch.cat([-t[:, half:], t[:, :half]], dim=-1)
+    return t * cos + turned * sin
+
+
+def prompt(model: nn.Module, path: str, settings: Any, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The model on ``[P; E(x)]``, read off at the tokens; Lester et al. 2021, section 2."""
+    embedded = model.layer.get_input_embeddings()(x)  # type: ignore[operator, union-attr]
+    together = torch.cat([p["prompt"].expand(len(x), -1, -1), embedded], dim=1)
+    states = model.layer(inputs_embeds=together, use_cache=False).last_hidden_state  # type: ignore[operator, union-attr]
+    tokens = states[:, settings.length :]
+    if settings.pooled == "prompt" and "encoder" in path:
+        tokens = torch.cat([states[:, :1], tokens[:, 1:]], dim=1)
+    return tokens
+
+
+Output = Callable[[nn.Module, str, Any, Mapping[str, Tensor], Tensor], Tensor]
+
+
+def in_sequence(settings: Any, p: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """``y + W2 f(W1 y + b1) + b2``; Houlsby et al. 2019, figure 2."""
+    return y + bottleneck(settings, p, y)
+
+
+def parallel(settings: Any, p: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """``y + s (W2 f(W1 x + b1) + b2)``; He et al. 2021, table 1, with the biases of the authors' code."""
+    return y + settings.scale * bottleneck(settings, p, x)
+
+
+def bottleneck(settings: Any, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """One hidden unit at a time."""
+    f = {
+        "gelu": lambda z: z * (1 + torch.erf(z / math.sqrt(2))) / 2,
+        "relu": lambda z: z.clamp_min(0),
+        "silu": lambda z: z / (1 + torch.exp(-z)),
+        "tanh": torch.tanh,
+    }[settings.activation]
+    out = p["up_bias"].expand(*x.shape[:-1], -1)
+    for w, b, u in zip(p["down"], p["down_bias"], p["up"].unbind(1), strict=True):
+        out = out + f((x * w).sum(-1, keepdim=True) + b) * u
+    return out
+
+
+LayerOutput = Callable[[Any, Mapping[str, Tensor], Tensor, Tensor], Tensor]
+LAYER_OUTPUTS: dict[str, LayerOutput] = {
+    "houlsby": in_sequence,
+    "pfeiffer": in_sequence,
+    "parallel": parallel,
+}
+"""The new output of a layer or block: the settings, the tensors, the input, the stock output."""
+
+
+def changed_output(
+    model: nn.Module, entry: str, path: str, change: Callable[[nn.Module, Tensor, Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """The output when what ``path`` returns is changed, given the module, the input of ``entry`` and its output."""
+    model = copy.deepcopy(model)
+    seen: list[Tensor] = []
+
+    def changed(module: nn.Module, args: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (change(module, seen[-1], out[0]), *out[1:])
+        return change(module, seen[-1], out)
+
+    model.get_submodule(entry).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = model.get_submodule(path).register_forward_hook(lambda *call: changed(*call))
+    assert handle is not None
+    return model(x)
+
+
+OUTPUTS: dict[str, Output] = {"prefix": prefix, "prompt": prompt}
+"""The output of a model with one such adapter: the stock model, the path of its adapted module, the settings, the
+tensors, the input."""

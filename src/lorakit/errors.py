@@ -17,6 +17,7 @@ LorakitError
 ├── ExecutionError (RuntimeError)       a SQL query that could not be run
 ├── TrainingError (RuntimeError)        a run that cannot go on: the loss is not finite, nothing to resume
 ├── ModelError (ValueError)             a base model that cannot be found, fetched or read
+├── KernelError (RuntimeError)          the compiled product cannot be built or loaded
 └── MissingDependencyError (ImportError) an extra that is not installed
 ```
 
@@ -94,6 +95,10 @@ class TrainingError(LorakitError, RuntimeError):
 
 class ModelError(LorakitError, ValueError):
     """A base model cannot be found, fetched or read."""
+
+
+class KernelError(LorakitError, RuntimeError):
+    """The compiled low-rank product cannot be built or loaded; everything works without it."""
 
 
 class MissingDependencyError(LorakitError, ImportError):

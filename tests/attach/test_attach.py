@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -217,6 +218,22 @@ def test_a_mapping_gives_targets_different_methods_and_a_later_key_wins() -> Non
     }  # fmt: skip
 
 
+def test_a_key_of_a_mapping_may_be_several_names_or_an_expression_which_are_resolved_together() -> None:
+    model = Mlp()
+    lora = lk.LoRA(r=2, rank_pattern={"fc2": 1})  # the pattern must match one of the names, not each
+    lk.attach(model, {("fc1", "fc2"): lora, re.compile(r".*1\.bias"): lk.FullFineTuning()})
+    methods = lk.extract(model).spec.methods
+    assert {path: m.name for path, m in methods.items()} == {"fc1": "lora", "fc2": "lora", "fc1.bias": "full"}
+    assert (methods["fc1"].r, methods["fc2"].r) == (2, 1)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("key", [1, (1, 2), re.compile(b"fc1"), re.compile("FC1", re.IGNORECASE)])
+def test_keys_that_mean_nothing(key: Any) -> None:
+    with pytest.raises(TargetError, match=r"keys are presets|Write the flags"):
+        lk.attach(Mlp(), {key: lk.LoRA(r=2)})
+    lk.attach(Mlp(), {re.compile("(?i)FC1"): lk.LoRA(r=2)})
+
+
 def test_an_exclusion_holds_for_a_mapping_as_a_whole() -> None:
     report = lk.attach(
         Mlp(), {"all-linear": lk.LoRA(r=2), "norm": lk.FullFineTuning()}, exclude=["fc1", "norm.bias"]
@@ -323,7 +340,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any], t
     "mapping and targets": (Mlp, ({"fc1": lk.LoRA(r=2)}, ["fc1"]), {}, TargetError, "no targets"),
     "one weight from two sides": (
         Mlp, (_state_from_both_sides(),), {},
-        UnsupportedTargetError, "both as a parameter",
+        UnsupportedTargetError, "on the base weight alone",
     ),
     "token outside the table": (TiedLm, (lk.TokenRows((11,)), ["embed"]), {}, UnsupportedTargetError, "outside"),
     "state of another size": (Mlp, (_state(out=9),), {}, (AdapterMismatchError, AdapterFileError), "9 x 6"),
@@ -389,7 +406,7 @@ def test_a_fresh_adapter_on_merged_weights_is_refused_and_an_additive_state_is_n
 def test_the_same_formula_from_two_sides_is_refused_also_for_a_later_adapter() -> None:
     model = with_adapters(Mlp(), "full", method=lk.FullFineTuning(), targets=["fc1"])
     before = picture(model)
-    with pytest.raises(UnsupportedTargetError, match="both as a parameter"):
+    with pytest.raises(UnsupportedTargetError, match="on the base weight alone"):
         lk.attach(model, lk.DoRA(lk.LoRA(r=2)), ["fc1"], name="dora")
     assert picture(model) == before
     lk.attach(model, lk.LoRA(r=2), ["fc1"], name="lora")  # an additive change from the other side adds up

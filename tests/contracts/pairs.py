@@ -9,25 +9,55 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.attach.attachments import attachments_of
-from lorakit.core import Method, Target
+from lorakit.core import Method, Target, WeightMethod
+from lorakit.core.method import InputMethod, KeyValueMethod
+from lorakit.targets import DenseStorage, LinearTarget, candidates
 from tests import oracles
 from tests.contracts.kinds import KINDS, Kind
 from tests.contracts.settings import SETTINGS
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 # For mixes: a partner of another method that can act on the same layer; else the trained copy, which acts everywhere.
-PARTNERS = {"lora": "dora", "dora": "rslora", "dora_rslora": "lora", "token_rows": "lora"}
+PARTNERS = {
+    "lora": "dora",
+    "dora": "rslora",
+    "dora_rslora": "lora",
+    "dora_full_gradient": "lora",
+    "orthogonal": "pissa",
+    "pissa": "dora_pissa",
+    "olora": "pissa",
+    "dora_pissa": "olora",
+    "token_rows": "lora",
+    "adalora": "lora_fa",
+    "dora_adalora": "adalora",
+    "dylora": "dora",
+    "lora_fa": "dylora",
+    "houlsby": "pfeiffer",
+    "pfeiffer": "parallel",
+    "parallel": "houlsby",
+    "ia3": "dora",
+    "ia3_input": "lora",
+    "vera": "loha",
+    "dora_vera": "vera",
+    "loha": "lora",
+    "dora_loha": "lokr",
+    "lokr": "vera",
+    "dora_lokr": "loha",
+    "lora_c": "lora",
+}
 
 
 def name_of(kind: Kind, setting: str) -> str:
     """What to write in ``targets`` to adapt this kind with this setting."""
     chosen = SETTINGS[setting]
-    if chosen.method.adapts == "layer":
+    if chosen.method.adapts != "parameter":
         return kind.names
-    return f"{kind.module}.{chosen.parameter or kind.parameter}"
+    name = f"{kind.module}.{chosen.parameter or kind.parameter}"
+    return f"{name}[{kind.part}]" if kind.part else name
 
 
 def why_not(kind: Kind, setting: str) -> str | None:
@@ -35,16 +65,26 @@ def why_not(kind: Kind, setting: str) -> str | None:
     model = kind.build()
     method = SETTINGS[setting].method
     name = name_of(kind, setting)
-    owner, _, parameter = name.rpartition(".")
+    owner, _, parameter = name.partition("[")[0].rpartition(".")
+    if method.adapts == "parameter" and kind.lossy and parameter == kind.parameter:
+        return f"its {parameter} is quantised, and codes cannot be trained"
     if method.adapts == "parameter" and model.get_submodule(owner)._parameters.get(parameter) is None:
         return f"it has no {parameter}"
-    (target,) = lk.find(model, [name], adapts=method.adapts)
+    try:
+        (target,) = lk.find(model, [name], adapts=method.adapts)
+    except lk.LorakitError as error:
+        return str(error).partition("cannot be adapted: ")[2].removesuffix(".") or str(error)
     return method.for_path(target.path).supports(target)
 
 
 def exists(kind: Kind, setting: str) -> bool:
-    """Whether the question makes sense: a vector is no matrix, and only what is there can be named."""
-    return not (kind.whole and SETTINGS[setting].method.adapts == "layer")
+    """Whether the question makes sense: a vector is no matrix, an attention is no layer."""
+    adapts = SETTINGS[setting].method.adapts
+    if adapts == "module" and kind.adapts == "layer":
+        return not kind.whole and kind.names.partition("[")[0] == kind.module
+    if kind.adapts != "layer" or adapts not in ("layer", "parameter"):
+        return adapts == kind.adapts
+    return not (kind.whole and adapts == "layer")
 
 
 UNSUPPORTED: dict[tuple[str, str], str] = {}
@@ -59,13 +99,37 @@ for _setting in SETTINGS:
                 UNSUPPORTED[_setting, _kind_name] = _reason
 
 
-def pairs(settings: Iterable[str] | None = None, kinds: Iterable[str] | None = None) -> Callable[[Any], Any]:
-    """Parametrise over the supported pairs, optionally only those of some settings or kinds."""
+def pairs(
+    settings: Iterable[str] | None = None,
+    kinds: Iterable[str] | None = None,
+    *,
+    of: type[Method] = Method,
+    fresh: bool = False,
+) -> Callable[[Any], Any]:
+    """Parametrise over the supported pairs.
+
+    Args:
+        settings: Only these.
+        kinds: Only these.
+        of: Only methods of this tier: what defines no weight cannot be merged, or weighed.
+        fresh: Only methods that start from the base model's output.
+    """
     chosen = [
-        (s, k) for s, k in SUPPORTED if (settings is None or s in settings) and (kinds is None or k in kinds)
+        (s, k)
+        for s, k in SUPPORTED
+        if (settings is None or s in settings)
+        and (kinds is None or k in kinds)
+        and isinstance(SETTINGS[s].method, of)
+        and (SETTINGS[s].method.starts_at_base or not fresh)
     ]
     assert chosen
     return pytest.mark.parametrize(("setting", "kind"), chosen, ids=[f"{s}-{k}" for s, k in chosen])
+
+
+def askable(route: Any, setting: str) -> Any:
+    """A weighted mix as both adapters whole, for a method of what stands in front of the tokens: that has no half."""
+    in_front = isinstance(SETTINGS[setting].method, (KeyValueMethod, InputMethod))
+    return {"a": 1, "b": 1} if in_front and isinstance(route, Mapping) else route
 
 
 class Case:
@@ -73,7 +137,8 @@ class Case:
 
     Attributes:
         model: The model, in the dtype asked for.
-        stock: A copy from before anything was attached, float64.
+        untouched: A copy from before anything was attached.
+        stock: The same as a dense float64 model: of a quantised layer it holds the values that the codes stand for.
         x: The input, in the dtype asked for.
         draw: A source of random numbers of its own.
     """
@@ -85,7 +150,8 @@ class Case:
             torch.manual_seed(3)
             self.model = self.kind.build().to(dtype).train(training)
             x = self.kind.inputs()
-        self.stock = copy.deepcopy(self.model).double()
+        self.untouched = copy.deepcopy(self.model)
+        self.stock = dense(self.untouched)
         self.x = x.to(dtype) if x.is_floating_point() else x
         self.settings: dict[str, str] = {}
 
@@ -101,13 +167,20 @@ class Case:
 
     def attach_partner(self, setting: str, name: str = "b") -> None:
         """A second adapter, of another method."""
-        self.attach(PARTNERS.get(setting, "full"), name)
+        partner = PARTNERS.get(setting, "full")
+        supported = self.kind.adapts != "layer" or (
+            exists(self.kind, partner) and why_not(self.kind, partner) is None
+        )
+        self.attach(partner if supported else "lora", name)
 
     def clear_ignored(self, name: str) -> None:
         """The column of ``A`` that belongs to ``padding_idx`` starts at zero and gets no gradient, so it stays zero."""
-        if self.kind.ignored is not None and "lora_A" in self.parameters(name):
-            with torch.no_grad():
-                self.parameters(name)["lora_A"][:, self.kind.ignored] = 0
+        if self.kind.ignored is None:
+            return
+        for key, p in self.parameters(name).items():
+            if key in ("lora_A", "start_A"):
+                with torch.no_grad():
+                    p[:, self.kind.ignored] = 0
 
     def target(self, name: str = "a") -> Target:
         """What the adapter adapts."""
@@ -122,16 +195,27 @@ class Case:
             if ".lorakit." in path and f".{name}." in path
         }
 
+    def trained(self, name: str = "a") -> dict[str, nn.Parameter]:
+        """Those of them that are trained."""
+        return {key: p for key, p in self.parameters(name).items() if p.requires_grad}
+
     def method(self, name: str = "a") -> Method:
         """The adapter's method."""
         return SETTINGS[self.settings[name]].method
+
+    def mergeable(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """Those of some adapters that define a weight, which can be merged."""
+        return {name: w for name, w in weights.items() if isinstance(self.method(name), WeightMethod)}
 
     # ---- the reference ------------------------------------------------------------------------------------------
     def values(self, name: str, p: Mapping[str, Tensor]) -> oracles.Values:
         """The stored values that an adapter acts with, says its oracle."""
         parameter = SETTINGS[self.settings[name]].parameter or self.kind.parameter
         method = self.method(name)
-        return oracles.ORACLES[method.name](self.stock.get_submodule(self.kind.module), parameter, method, p)
+        module, oracle = self.stock.get_submodule(self.kind.module), oracles.ORACLES[method.name]
+        if self.kind.of:
+            return oracles.in_rows(self.kind.of, oracle, module, parameter, method, p)
+        return oracle(module, parameter, method, p)
 
     def expected(
         self,
@@ -140,16 +224,74 @@ class Case:
         p: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> Tensor:
         """The float64 output of the stock model under a weighted set of adapters."""
-        module = self.stock.get_submodule(self.kind.module)
+        x = self.x if x is None else x
+        if any(self.method(name).name in oracles.LAYER_OUTPUTS for name in weights):
+            return self._output_of_layer(weights, x, p)
+        if not self.mergeable(weights):
+            return self._output_alone(weights, x, p)
+        return self._output(self._changed(weights, p), x)
+
+    def merged(self, weights: Mapping[str, float]) -> Tensor:
+        """The same for the model with these adapters merged: the new weight is rounded to what the layer can store."""
+        values = self._changed(weights, None)
+        if self.kind.lossy and self.kind.parameter in values:
+            holder = copy.deepcopy(self.untouched)
+            (target,) = lk.find(holder, [self.kind.names.partition("[")[0]])
+            target.storage.store(
+                target.module, target.parameter, values[self.kind.parameter].to(target.stored.dtype)
+            )
+            values[self.kind.parameter] = target.storage.load(target.module, target.parameter).double()
+        return self._output(values, self.x)
+
+    def _changed(
+        self, weights: Mapping[str, float], p: Mapping[str, Mapping[str, Tensor]] | None
+    ) -> oracles.Values:
+        """What the adapted module would have to store, by name."""
         changes = []
         for name, weight in weights.items():
             own = {k: v.detach().double() for k, v in self.parameters(name).items()} if p is None else p[name]
             changes.append((weight, self.values(name, own)))
-        x = self.x if x is None else x
-        values = changes[0][1] if [w for w, _ in changes] == [1.0] else oracles.mixed(module, changes)
-        return oracles.output(
-            self.stock, self.kind.module, values, x.double() if x.is_floating_point() else x
-        )
+        if [w for w, _ in changes] == [1.0]:
+            return changes[0][1]
+        return oracles.mixed(self.stock.get_submodule(self.kind.module), changes)
+
+    def _output(self, values: oracles.Values, x: Tensor) -> Tensor:
+        x = x.double() if x.is_floating_point() else x
+        return oracles.output(self.stock, self.kind.module, values, x)
+
+    def _output_of_layer(
+        self, weights: Mapping[str, float], x: Tensor, p: Mapping[str, Mapping[str, Tensor]] | None
+    ) -> Tensor:
+        """The same where an adapter changes what a layer puts out: ``y + sum_i w_i (y_i - y)``."""
+        kind = self.kind
+
+        def output_of(name: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            own = {k: v.detach().double() for k, v in self.parameters(name).items()} if p is None else p[name]
+            method = self.method(name)
+            if method.name not in oracles.LAYER_OUTPUTS:
+                module._forward_hooks.clear()
+                return oracles.output(module, "", self.values(name, own), x)
+            oracle = oracles.LAYER_OUTPUTS[method.name]
+            if not kind.of:
+                return oracle(method, own, x, y)
+            rows = torch.tensor(kind.of)
+            return y.index_copy(-1, rows, oracle(method, own, x, y.index_select(-1, rows)))
+
+        def change(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return y + sum(w * (output_of(name, module, x, y) - y) for name, w in weights.items())
+
+        x = x.double() if x.is_floating_point() else x
+        return oracles.changed_output(self.stock, kind.entry or kind.module, kind.module, change, x)
+
+    def _output_alone(
+        self, weights: Mapping[str, float], x: Tensor, p: Mapping[str, Mapping[str, Tensor]] | None
+    ) -> Tensor:
+        """The same for one adapter that changes no weight."""
+        ((name, weight),) = weights.items()
+        assert weight == 1
+        own = {k: v.detach().double() for k, v in self.parameters(name).items()} if p is None else p[name]
+        oracle = oracles.OUTPUTS[self.method(name).name]
+        return oracle(self.stock, self.kind.module, self.method(name), own, x)
 
     def cotangent(self, y: Tensor) -> Tensor:
         """Random weights for a loss; zero where the input is ``padding_idx``, whose gradient torch drops."""
@@ -159,6 +301,24 @@ class Case:
         return G
 
 
+def dense(model: nn.Module) -> nn.Module:
+    """A copy in float64 with every weight dense."""
+    copied = copy.deepcopy(model)
+    for path, target in candidates(copied).items():
+        if isinstance(target, LinearTarget) and not isinstance(target.storage, DenseStorage):
+            layer = target.module
+            stock = (
+                Conv1D(target.out, target.in_)
+                if isinstance(layer, Conv1D)
+                else nn.Linear(target.in_, target.out)
+            )
+            stock._parameters["weight"] = nn.Parameter(target.storage.load(layer, "weight").clone())
+            stock._parameters["bias"] = target.bias  # type: ignore[assignment]
+            parent, _, name = path.rpartition(".")
+            setattr(copied.get_submodule(parent), name, stock.train(layer.training))
+    return copied.double()
+
+
 def randomise(parameters: Iterable[Tensor], draw: torch.Generator) -> None:
     """Move parameters by random numbers about as large as they are."""
     with torch.no_grad():
@@ -166,7 +326,12 @@ def randomise(parameters: Iterable[Tensor], draw: torch.Generator) -> None:
             p.add_(0.3 * torch.randn(p.shape, generator=draw, dtype=torch.float64))
 
 
+precision = 0.0
+"""What the layer under test computes to itself, see `tests.contracts.conftest`."""
+
+
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Equal up to a tolerance, absolute and relative to the largest number."""
+    tolerance = max(tolerance, precision)
     scale = max(1.0, float(expected.detach().abs().max()) if expected.numel() else 0.0)
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)

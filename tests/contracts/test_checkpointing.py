@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 import lorakit as lk
 from tests.contracts.pairs import Case, close, pairs
 
-some = pairs(kinds=("linear", "hfconv1d", "embedding", "conv2d-groups", "mha-in", "mha-out", "experts"))
+KINDS = ("linear", "hfconv1d", "embedding", "conv2d-groups", "mha-in", "mha-out", "experts")
+MORE = ("linear-slice", "linear-slice-interleaved", "linear-nf4", "linear-int8", "ffn", "ffn-span")
+some = pairs(kinds=(*KINDS, *MORE))
 ways = pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 
 

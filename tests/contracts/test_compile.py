@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorakit as lk
-from tests.contracts.pairs import Case, close, pairs
+from tests.contracts.pairs import Case, askable, close, pairs
 
 pytestmark = pytest.mark.compiled
 
@@ -18,15 +18,47 @@ some = pytest.mark.parametrize(
     [
         ("lora", "linear"),
         ("lora", "mha-out"),
+        ("lora", "linear-nf4"),
+        ("dora", "linear-int8"),
+        ("rslora", "hfconv1d-nf4"),
+        ("houlsby", "linear"),
+        ("pfeiffer", "ffn"),
+        ("parallel", "ffn-span"),
+        ("parallel", "ffn-tuple"),
+        ("lora", "linear-slice"),
+        ("dora", "linear-slice-interleaved"),
+        ("lorabias", "hfconv1d-slice"),
+        ("lora", "mha-slice"),
+        ("full", "linear-slice-uneven"),
         ("lorabias", "hfconv1d"),
         ("rslora", "conv2d-groups"),
         ("dora", "embedding"),
         ("dora", "linear"),
         ("dora_rslora", "conv2d"),
+        ("pissa", "linear"),
+        ("olora", "embedding"),
+        ("dora_pissa", "conv2d-groups"),
         ("full", "linear"),
         ("full", "experts"),
         ("bitfit", "linear"),
         ("token_rows", "embedding"),
+        ("adalora", "linear"),
+        ("adalora", "conv2d-groups"),
+        ("dylora", "linear"),
+        ("lora_fa", "linear"),
+        ("ia3", "conv2d"),
+        ("ia3_input", "linear"),
+        ("vera", "linear"),
+        ("dora_vera", "conv2d-groups"),
+        ("loha", "linear"),
+        ("loha_tucker", "conv2d"),
+        ("lokr", "linear"),
+        ("lokr_tucker", "conv2d"),
+        ("lora_c", "conv3d-groups"),
+        ("prefix", "attention-llama"),
+        ("prefix_mlp", "attention-gpt2"),
+        ("prompt", "model-gpt2"),
+        ("prompt_pooled", "model-bert"),
     ],
     ids=lambda value: value,
 )
@@ -50,7 +82,7 @@ def two_adapters(setting: str, kind: str) -> Case:
 def test_the_default_route_compiles_to_one_graph_and_switches(setting: str, kind: str) -> None:
     case = two_adapters(setting, kind)
     compiled = torch.compile(case.model, backend="eager", fullgraph=True)
-    for route in ("a", "b", None, {"a": 0.7, "b": 0.3}, "a"):
+    for route in ("a", "b", None, askable({"a": 0.7, "b": 0.3}, setting), "a"):
         lk.set_active(case.model, route)
         with torch.no_grad():
             close(compiled(case.x), case.model(case.x), 1e-12)
@@ -66,7 +98,7 @@ def test_gradients_through_a_compiled_model(setting: str, kind: str) -> None:
     compiled = torch.compile(case.model, backend="eager", fullgraph=True)
     y = case.model(case.x)
     G = case.cotangent(y)
-    parameters = list(case.parameters("a").values())
+    parameters = list(case.trained("a").values())
     expected = torch.autograd.grad((y * G).sum(), parameters)
     got = torch.autograd.grad((compiled(case.x) * G).sum(), parameters)
     for one, other in zip(got, expected, strict=True):

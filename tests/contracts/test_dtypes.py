@@ -27,8 +27,8 @@ def test_casting_the_model_casts_its_adapters(setting: str, kind: str) -> None:
     assert y.dtype is torch.bfloat16
     close(y, expected, BF16)
     y.float().square().sum().backward()
-    for p in case.parameters("a").values():
-        assert p.dtype is torch.bfloat16
+    assert {p.dtype for p in case.parameters("a").values()} == {torch.bfloat16}
+    for p in case.trained("a").values():
         assert p.grad is not None
         assert torch.isfinite(p.grad).all()
 
@@ -45,12 +45,14 @@ def test_a_bf16_base_with_fp32_adapters(setting: str, kind: str) -> None:
     with torch.no_grad():
         close(case.model(case.x), expected, BF16)
     y.float().square().sum().backward()
-    for p in case.parameters("a").values():
+    for p in case.trained("a").values():
         assert p.grad is not None
         assert p.grad.dtype is torch.float32
-    lk.merge(case.model, "a")
-    close(case.model(case.x), expected, BF16)
-    assert {p.dtype for n, p in case.model.named_parameters() if "lorakit" not in n} == {torch.bfloat16}
+    if case.mergeable({"a": 1.0}):
+        lk.merge(case.model, "a")
+        close(case.model(case.x), case.merged({"a": 1.0}), BF16)
+    base = {p.dtype for n, p in case.model.named_parameters() if "lorakit" not in n}
+    assert base == {torch.bfloat16} or "bnb" in kind  # whose codes are parameters
 
 
 @pairs()
@@ -66,7 +68,7 @@ def test_autocast(setting: str, kind: str) -> None:
             close(case.model(case.x), expected, BF16)
     close(y, expected, BF16)
     y.float().square().sum().backward()
-    for p in case.parameters("a").values():
+    for p in case.trained("a").values():
         assert p.grad is not None
         assert p.grad.dtype is torch.float32
         assert torch.isfinite(p.grad).all()

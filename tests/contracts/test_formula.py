@@ -16,14 +16,15 @@ EPSILON = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
 @dtypes
-@pairs()
+@pairs(fresh=True)
 def test_a_fresh_adapter_leaves_every_bit_of_the_output(setting: str, kind: str, dtype: torch.dtype) -> None:
     case = Case(kind, dtype)
     case.model.requires_grad_(False)
     before = case.model(case.x)
     case.attach(setting, random=False)
     y = case.model(case.x)
-    if setting == "token_rows" and not case.kind.lookup:  # a product of some columns rounds as it likes
+    if (setting == "token_rows" and not case.kind.lookup) or setting == "orthogonal":
+        # A product of some columns rounds as it likes.
         close(y, before, EPSILON[dtype])
     elif kind.startswith("mha"):  # torch has other kernels for weights that require a gradient
         close(y, before, EPSILON[dtype])
@@ -72,7 +73,7 @@ def test_gradients_are_those_of_the_dense_formula(setting: str, kind: str) -> No
     G = case.cotangent(y)
     got = torch.autograd.grad((y * G).sum(), [*(own[name] for name in trained), *inputs])
 
-    dense = {k: p.detach().clone().requires_grad_() for k, p in own.items()}
+    dense = {k: p.detach().double().clone().requires_grad_() for k, p in own.items()}
     expected_x = case.x.detach().clone()
     inputs = [expected_x.requires_grad_()] if expected_x.is_floating_point() else []
     reference = case.expected({"a": 1.0}, expected_x, {"a": dense})
@@ -87,9 +88,13 @@ def test_only_the_adapter_is_trained(setting: str, kind: str) -> None:
     case = Case(kind)
     case.attach(setting)
     case.model(case.x).square().sum().backward()
+    frozen = case.method("a").frozen
+    trained = []
     for name, p in case.model.named_parameters():
-        assert (p.grad is not None) == p.requires_grad == (".lorakit." in name), name
-    assert list(lk.trainable(case.model)) == [n for n, _ in case.model.named_parameters() if ".lorakit." in n]
+        own = ".lorakit." in name and name.rsplit(".", 1)[-1] not in frozen
+        assert (p.grad is not None) == p.requires_grad == own, name
+        trained += [name] * own
+    assert list(lk.trainable(case.model)) == trained
 
 
 @pairs(settings=("lora", "lorabias", "dora", "full"), kinds=("linear", "conv2d-groups", "mha-in", "hfconv1d"))

@@ -7,10 +7,16 @@ import torch
 from torch import Tensor
 
 import lorakit as lk
-from tests.contracts.pairs import Case, close, pairs
+from tests.contracts.kinds import KINDS
+from tests.contracts.pairs import Case, askable, close, pairs
 
 MIX = {"a": 0.7, "b": 0.3}
 ROWS = {"scattered": ("a", "b", None, "a"), "neighbours": ("b", MIX, MIX, None)}
+SOME = (
+    "linear", "embedding", "conv2d-groups", "mha-in", "mha-out", "experts", "linear-overridden",
+    "linear-slice", "linear-slice-interleaved",
+)  # fmt: skip
+PLACES = [kind for kind, facts in KINDS.items() if facts.adapts != "layer"]
 rows_of = pytest.mark.parametrize("rows", list(ROWS.values()), ids=list(ROWS))
 
 
@@ -37,7 +43,7 @@ def mixed_case(setting: str, kind: str) -> Case:
 @rows_of
 @pairs()
 def test_rows_equal_single_runs(setting: str, kind: str, rows: tuple[object, ...]) -> None:
-    case = mixed_case(setting, kind)
+    case, rows = mixed_case(setting, kind), tuple(askable(route, setting) for route in rows)
     with torch.no_grad():
         expected = alone(case, rows, case.x)
         with lk.use(case.model, rows=rows):  # type: ignore[arg-type]
@@ -49,11 +55,11 @@ def test_rows_equal_single_runs(setting: str, kind: str, rows: tuple[object, ...
 
 
 @rows_of
-@pairs(kinds=("linear", "embedding", "conv2d-groups", "mha-in", "mha-out", "experts", "linear-overridden"))
+@pairs(kinds=(*SOME, *PLACES))
 def test_gradients_of_rows_equal_those_of_single_runs(
     setting: str, kind: str, rows: tuple[object, ...]
 ) -> None:
-    case = mixed_case(setting, kind)
+    case, rows = mixed_case(setting, kind), tuple(askable(route, setting) for route in rows)
     inputs = [p for name in "ab" for p in case.parameters(name).values() if p.requires_grad]
     if case.x.is_floating_point():
         inputs.append(case.x.requires_grad_())

@@ -25,10 +25,11 @@ def test_extract_and_attach_are_inverses(setting: str, kind: str) -> None:
     y = case.model(case.x)
     state = lk.extract(case.model, "a")
     assert all(not t.requires_grad for group in state.tensors.values() for t in group.values())
-    fresh = copy.deepcopy(case.stock)
+    fresh = copy.deepcopy(case.untouched)
     report = lk.attach(fresh, state, name="other", trainable=True)
     assert torch.equal(fresh(case.x), y)
-    assert report.trainable == report.parameters == state.numel
+    assert report.parameters == state.numel
+    assert report.trainable == sum(p.numel() for p in case.trained("a").values())
     again = lk.extract(fresh, "other")
     assert again.spec == state.spec
     for path, group in state.tensors.items():
@@ -124,7 +125,8 @@ def test_the_whole_model_can_be_saved_by_torch(setting: str, kind: str) -> None:
     file.seek(0)
     twin = torch.load(file, weights_only=False)
     assert torch.equal(twin(case.x), case.model(case.x))
-    lk.merge(twin)
+    if case.mergeable({"a": 1.0}):
+        lk.merge(twin)
     close(twin(case.x), case.expected({"a": 1.0}), 1e-12)
 
 
@@ -177,7 +179,7 @@ def test_anatomy_sees_hooks_and_attributes() -> None:
 def test_detaching_leaves_nothing_behind(setting: str, kind: str) -> None:
     case = Case(kind)
     for i, p in enumerate(case.model.parameters()):
-        p.requires_grad_(i % 2 == 0)
+        p.requires_grad_(i % 2 == 0 and p.is_floating_point())
     before = anatomy(case.model)
     values = {k: v.clone() for k, v in case.model.state_dict().items()}
     with torch.no_grad():
@@ -185,7 +187,8 @@ def test_detaching_leaves_nothing_behind(setting: str, kind: str) -> None:
     case.attach(setting, "a")
     case.attach_partner(setting, "b")
     case.model(case.x).sum().backward()
-    lk.merge(case.model, {"a": 1.0, "b": 0.5})
+    if weights := case.mergeable({"a": 1.0, "b": 0.5}):
+        lk.merge(case.model, weights)
     lk.detach(case.model, "a")
     assert anatomy(case.model) != before
     lk.detach(case.model, "b")
@@ -199,14 +202,15 @@ def test_detaching_leaves_nothing_behind(setting: str, kind: str) -> None:
         lk.report(case.model)
 
 
-@pairs(kinds=("linear", "mha-in", "mha-out", "conv2d", "experts"))
+@pairs(kinds=("linear", "mha-in", "mha-out", "conv2d", "experts", "linear-slice", "mha-slice"))
 def test_detaching_all_at_once_while_merged(setting: str, kind: str) -> None:
     case = Case(kind)
     before = anatomy(case.model)
     values = {k: v.clone() for k, v in case.model.state_dict().items()}
     case.attach(setting, "a")
     case.attach_partner(setting, "b")
-    lk.merge(case.model, {"a": 1.0, "b": 0.5})
+    if weights := case.mergeable({"a": 1.0, "b": 0.5}):
+        lk.merge(case.model, weights)
     lk.detach(case.model)
     assert anatomy(case.model) == before
     assert all(torch.equal(v, values[k]) for k, v in case.model.state_dict().items())

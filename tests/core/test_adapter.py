@@ -82,3 +82,32 @@ def test_states_and_specs_do_not_change() -> None:
         state.spec = SPEC  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
         state.spec.base = None  # type: ignore[misc]
+
+
+def test_an_adapter_without_a_start_is_plain_already() -> None:
+    state = AdapterState(SPEC, tensors())
+    assert state.plain() is state
+
+
+def test_the_plain_form_changes_what_has_a_start_and_nothing_else() -> None:
+    draw = torch.Generator().manual_seed(0)
+    methods = {
+        "a.q": lk.LoRA(r=2, alpha=3, init="pissa"),
+        "a.v": lk.LoRA(r=1),
+        "head.weight": lk.FullFineTuning(),
+    }
+    shapes = {"a.q": SHAPE, "a.v": SHAPE, "head.weight": Shape("parameter", out=3, in_=5, stored=(3, 5))}
+    groups = {
+        path: {name: torch.randn(size, generator=draw) for name, size in method.shapes(shapes[path]).items()}
+        for path, method in methods.items()
+    }
+    state = AdapterState(AdapterSpec(methods, shapes, base="some/model", info={"task": "sql"}), groups)
+    plain = state.plain()
+    assert dict(plain.spec.methods) == {**methods, "a.q": lk.LoRA(r=4, alpha=6)}
+    assert (plain.spec.base, plain.spec.info) == ("some/model", {"task": "sql"})
+    for path in ("a.v", "head.weight"):
+        assert all(plain.tensors[path][name] is t for name, t in groups[path].items())
+    p, q = groups["a.q"], plain.tensors["a.q"]
+    torch.testing.assert_close(
+        q["lora_B"] @ q["lora_A"], p["lora_B"] @ p["lora_A"] - p["start_B"] @ p["start_A"], rtol=0, atol=1e-5
+    )

@@ -66,7 +66,11 @@ TIERS = {
     "dora_over_delta": DoRA(Added()),
     "dora_over_pair": DoRA(Pair()),
 }
-HOOKED = [name for name, kind in KINDS.items() if kind.names == "layer" and name != "linear-overridden"]
+HOOKED = [
+    name
+    for name, kind in KINDS.items()
+    if kind.names == "layer" and kind.adapts == "layer" and not kind.lossy and name != "linear-overridden"
+]
 
 
 @pytest.mark.parametrize("kind", HOOKED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -193,4 +194,103 @@ def test_a_rank_of_the_smaller_side_reaches_any_change() -> None:
 
 
 def test_the_roles_of_the_parameters() -> None:
-    assert lk.LoRA.roles == {"lora_A": "A", "lora_B": "B", "lora_bias": "bias"}
+    factors = {"lora_A": "A", "lora_B": "B", "start_A": "A", "start_B": "B"}
+    assert lk.LoRA.roles == {**factors, "lora_bias": "bias"}
+
+
+# ---- measured from its start ----------------------------------------------------------------------------------------
+def moved(method: lk.LoRA | lk.DoRA, layer: nn.Module, dtype: torch.dtype = torch.float64) -> Host:
+    """A model whose adapter was trained a little."""
+    torch.manual_seed(0)
+    model = Host(layer).to(dtype)
+    lk.attach(model, method, ["layer"], dtype=dtype)
+    with torch.no_grad():
+        for p in lk.trainable(model).values():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def test_gradients_at_a_start_that_is_not_zero_are_those_of_the_reference() -> None:
+    """``dA = s Bᵀ G`` and ``dB = s G Aᵀ``: as of ``s B A``, the start being constant."""
+    torch.manual_seed(0)
+    model = Host(nn.Linear(6, 5)).double()
+    lk.attach(model, lk.LoRA(r=2, alpha=3, init="pissa"), ["layer"], dtype=torch.float64)
+    p = {n.rsplit(".", 1)[-1]: q for n, q in model.named_parameters() if "lorakit" in n}
+    x, g = torch.randn(7, 6, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    (model(x) * g).sum().backward()
+    G = g.T @ x
+    torch.testing.assert_close(p["lora_A"].grad, 1.5 * p["lora_B"].detach().T @ G, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(p["lora_B"].grad, 1.5 * G @ p["lora_A"].detach().T, rtol=1e-12, atol=1e-12)
+    assert not p["start_A"].requires_grad
+    assert not p["start_B"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Linear(6, 5), lambda: nn.Embedding(9, 6), lambda: nn.Conv2d(4, 6, 3, groups=2)]
+)
+@pytest.mark.parametrize(("scaling", "alpha"), [("lora", 6.0), ("rslora", 3 * 2**0.5)])
+def test_a_subtracted_start_is_a_plain_lora_of_twice_the_rank(
+    layer: Callable[[], nn.Module], scaling: str, alpha: float
+) -> None:
+    model = moved(lk.LoRA(r=2, alpha=3, scaling=scaling, init="olora", dropout=0.1), layer())
+    state = lk.extract(model)
+    plain = state.plain()
+    method = plain.spec.methods["layer"]
+    assert isinstance(method, lk.LoRA)
+    assert (method.r, method.scaling, method.init, method.dropout) == (4, scaling, "kaiming", 0.1)
+    assert method.alpha == pytest.approx(alpha, rel=1e-15)
+    was = state.spec.methods["layer"]
+    assert isinstance(was, lk.LoRA)
+    assert method.scale == pytest.approx(was.scale, rel=1e-15)
+    p, q = state.tensors["layer"], plain.tensors["layer"]
+    assert q.keys() == {"lora_A", "lora_B"}
+    change = p["lora_B"] @ p["lora_A"] - p["start_B"] @ p["start_A"]
+    torch.testing.assert_close(q["lora_B"] @ q["lora_A"], change, rtol=0, atol=1e-14)
+    assert plain.plain() is plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrap", [lambda lora: lora, lk.DoRA], ids=["lora", "dora"])
+def test_the_plain_form_computes_the_same_bits(wrap: Any, dtype: torch.dtype) -> None:
+    model = moved(wrap(lk.LoRA(r=4, alpha=8, init="pissa")), nn.Linear(30, 20), dtype)
+    x = torch.randn(7, 30, dtype=dtype)
+    with torch.no_grad():
+        y = model(x)
+        state = lk.extract(model).plain()
+        lk.attach(model, state, name="plain")
+        with lk.use(model, "plain"):
+            assert torch.equal(model(x), y)
+
+
+def test_the_difference_form_loses_nothing_to_cancellation() -> None:
+    """A small step away from a large start, in bf16: ``s B A - s B_0 A_0`` drowns in the rounding of both terms."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    model = Host(layer)
+    lk.attach(model, lk.LoRA(r=8, alpha=8, init="pissa"), ["layer"])
+    with torch.no_grad():
+        for p in lk.trainable(model).values():
+            p.add_(1e-3 * torch.randn_like(p))
+    state = lk.extract(model)
+    t = {name: value.double() for name, value in state.tensors["layer"].items()}
+    x = torch.randn(100, 64).bfloat16()
+    exact = x.double() @ (t["lora_B"] @ t["lora_A"] - t["start_B"] @ t["start_A"]).mT
+    A, B, _ = state.spec.methods["layer"].factors(layer, state.tensors["layer"])  # type: ignore[attr-defined]
+    ours = (x @ A.bfloat16().mT @ B.bfloat16().mT).double()
+    low = {name: value.bfloat16() for name, value in t.items()}
+    naive = (x @ low["lora_A"].mT @ low["lora_B"].mT - x @ low["start_A"].mT @ low["start_B"].mT).double()
+    assert (ours - exact).norm() < 0.02 * exact.norm()
+    assert (naive - exact).norm() > 0.3 * exact.norm()
+
+
+def test_every_target_has_its_own_start() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))
+    wrapped = Host(model)
+    before = wrapped(x := torch.randn(3, 8))
+    method = lk.LoRA(r=2, init="pissa", rank_pattern={r"layer\.1": 4}, alpha_pattern={r"layer\.1": 1})
+    lk.attach(wrapped, method, ["0", "1"])
+    assert torch.equal(wrapped(x), before)
+    tensors = lk.extract(wrapped).tensors
+    assert tensors["layer.0"]["start_A"].shape == (2, 8)
+    assert tensors["layer.1"]["start_A"].shape == (4, 6)

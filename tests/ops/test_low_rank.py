@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops import add_low_rank, add_product, low_rank
+from lorakit.ops import add_low_rank, add_product, joined, low_rank
 from lorakit.ops.low_rank import transformed
 
 SIZES = {"vector": (), "rows": (5,), "tokens": (3, 4), "images": (2, 2, 3), "none": (0,), "empty": (2, 0)}
@@ -148,6 +148,15 @@ def test_it_saves_little_more_than_the_input(dropout: float, dtype: torch.dtype)
     assert saved_bytes(three, A, B) <= 1.2 * x.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["32", "bf16"])
+def test_with_a_frozen_down_projection_it_saves_less_than_the_input(dtype: torch.dtype) -> None:
+    y, x, A, B = operands(2, 64, dtype=dtype, grad=False, inner=256, out=192, r=8)
+    A, B = A.float(), torch.nn.Parameter(B.float())
+    x.requires_grad_()
+    kept = saved_bytes(lambda: add_low_rank(y.clone(), x, A, B, 2.0), A, B)
+    assert kept <= 0.5 * x.nbytes
+
+
 def test_the_plain_way_saves_more_under_dropout() -> None:
     """The test above can fail: stock modules keep the dropped copy and the mask."""
     y, x, A, B = operands(2, 64, dtype=torch.float32, grad=False, inner=256, out=192, r=8)
@@ -270,3 +279,14 @@ def test_add_product(size: tuple[int, ...]) -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["matrix", "stack"])
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_joining_keeps_the_layout_in_memory(batch: tuple[int, ...], dim: int) -> None:
+    one, two = torch.randn(*batch, 4, 5), torch.randn(*batch, 4, 5)
+    for turned in (False, True):
+        first = one.mT.contiguous().mT if turned else one
+        both = joined(first, two, dim)
+        assert torch.equal(both, torch.cat([one, two], dim))
+        assert (both.mT if turned else both).is_contiguous()

@@ -101,3 +101,14 @@ def _randomise(model: nn.Module) -> None:
         for name, p in model.named_parameters():
             if "lorakit" in name:
                 p.normal_()
+
+
+def test_a_kronecker_product_of_groups() -> None:
+    conv = nn.Conv2d(4, 8, 3, groups=2, padding=1).double()
+    (target,) = find(Host(conv), ["layer"])
+    W1, W2 = torch.randn(2, 2, 1, dtype=torch.float64), torch.randn(2, 2, 18, dtype=torch.float64)
+    kernel = torch.cat([torch.kron(one, other) for one, other in zip(W1, W2, strict=True)]).reshape(
+        8, 2, 3, 3
+    )
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    close(target.apply_kronecker(x, W1, W2), conv._conv_forward(x, kernel, None), 1e-13)

@@ -87,6 +87,7 @@ def test_the_factor_is_laid_out_for_lookups() -> None:
     assert A.shape == (2, 6)
     assert A.mT.is_contiguous()
     assert target.arrange("B", torch.ones(3, 2)).is_contiguous()
+    assert target.arrange("A", torch.ones(3)).shape == (3,)
 
 
 def test_apply_and_add_low_rank_are_what_the_layer_computes() -> None:

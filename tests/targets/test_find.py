@@ -204,7 +204,7 @@ def test_an_exclusion_that_does_nothing_or_everything_is_an_error(exclude: Any, 
         (["q_porj"], "target 'q_porj' matches nothing.*Did you mean 'q_proj'"),
         (["q_proj", "zzz"], "target 'zzz'.*It has: .*q_proj"),
         ("q_proj", r"give a list: \['q_proj'\]"),
-        ("all_linear", "Did you mean 'all-linear'.*Presets: all-linear, all-parameters, all-bias"),
+        ("all_linear", "Did you mean 'all-linear'.*Presets: all-linear, all-conv, all-parameters, all-bias"),
         (lambda path, module: False, "chose none of the"),
         ([], "names nothing"),
         ([3], "must be strings; got 3"),
@@ -234,6 +234,17 @@ def test_a_preset_for_layers_does_not_choose_parameters() -> None:
 def test_a_preset_that_finds_nothing(preset: str, adapts: Any) -> None:
     with pytest.raises(UnmatchedTargetError, match=preset):
         find(nn.Sequential(nn.ReLU()), preset, adapts=adapts)
+
+
+def test_all_conv_takes_the_convolutions_and_no_transposed_ones() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(2, 2, 3), nn.Conv3d(2, 2, 1), nn.ConvTranspose2d(2, 2, 3), nn.Linear(2, 2)
+    )
+    assert [t.path for t in find(model, "all-conv")] == ["0", "1"]
+    with pytest.raises(UnmatchedTargetError, match=r"'all-conv' found no convolution.*it has: layer"):
+        find(Host(nn.Linear(3, 3)), "all-conv")
+    with pytest.raises(UnmatchedTargetError, match="all-parameters"):
+        find(model, "all-conv", adapts="parameter")
 
 
 def test_all_linear_without_linear_layers_says_what_there_is() -> None:

@@ -32,6 +32,8 @@ def test_apply_and_add_low_rank_are_what_the_layer_computes(layer: nn.Module, ki
     close(target.add_low_rank(y.clone(), x, A, B, 0.5, 0.0) - y, 0.5 * target.apply(x, B @ A), 1e-13)
     k = torch.randn(6, dtype=torch.float64)
     close(target.scale_out(y, k), y * k, 0)
+    W1, W2 = torch.randn(3, 2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    close(target.apply_kronecker(x, W1, W2), target.apply(x, torch.kron(W1, W2)), 1e-13)
 
 
 def test_subclasses_that_keep_the_forward_are_hooked() -> None:

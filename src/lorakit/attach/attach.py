@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.attach.attachments import Attached, Attachments, attachments_of, keep, kept_by
-from lorakit.attach.binding import bind, find_slot, unbind
+from lorakit.attach.binding import bind, find_slot, make_slot, unbind
 from lorakit.attach.merge import check_finite, merge, restore_base
 from lorakit.attach.planning import (
+    Key,
     Plan,
     check_beside_merged,
     check_one_formula,
@@ -38,7 +40,7 @@ from lorakit.errors import (
 
 def attach(
     model: nn.Module,
-    adapter: Method | Mapping[str, Method] | AdapterState,
+    adapter: Method | Mapping[str, Method] | Mapping[Key, Method] | AdapterState,
     targets: Selector | None = None,
     *,
     name: str = "default",
@@ -55,9 +57,10 @@ def attach(
 
     Args:
         model: Any module.
-        adapter: A method (``LoRA(r=8)``); a mapping from presets or names to methods, for different methods in one
-            adapter (``{"all-linear": LoRA(), "score": FullFineTuning()}``; a later entry replaces an earlier one's
-            choice of the same weight); or an `AdapterState` read from disk.
+        adapter: A method (``LoRA(r=8)``); a mapping from targets to methods, for different methods in one adapter
+            (``{"all-linear": LoRA(), "score": FullFineTuning()}``; a later entry replaces an earlier one's
+            choice of the same weight; a key is a preset, a name, a tuple of names, or a compiled regular expression
+            for whole paths); or an `AdapterState` read from disk.
         targets: What to adapt, see `lorakit.find`; by default what the method says (``"all-linear"`` for LoRA).
         name: The adapter's name: not empty, without dots.
         exclude: What to leave out of ``targets``.
@@ -79,7 +82,7 @@ def attach(
     """
     model = uncompiled(model)
     existing = kept_by(model)
-    _check_name(name, existing)
+    check_name(name, existing)
     _check_root(model, existing)
     if isinstance(adapter, AdapterState):
         if targets is not None or exclude is not None or seed is not None:
@@ -99,16 +102,10 @@ def attach(
                 "from. Call lorakit.unmerge(model) first, or merge with permanent=True."
             )
         plan = plan_method(model, adapter, targets, exclude)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        shared = _start_shared(plan, generator)
-        tensors = {path: method.start(target, generator, shared) for path, (target, method) in plan.items()}
-        base, info = getattr(getattr(model, "config", None), "_name_or_path", None) or None, {}
-    spec = AdapterSpec(
-        {path: method for path, (_, method) in plan.items()},
-        {path: t.shape for path, (t, _) in plan.items()},
-        base,
-        info,
-    )
+        fresh = fresh_state(model, plan, seed)
+        tensors, shared = dict(fresh.tensors), fresh.shared
+        base, info = fresh.spec.base, {}
+    spec = _spec(plan, base, info)
     train = (not isinstance(adapter, AdapterState)) if trainable is None else trainable
     keep_dtype = isinstance(adapter, AdapterState) and dtype is None
     parameters = {
@@ -254,6 +251,26 @@ def _parameters(
     return parameters
 
 
+def fresh_state(
+    model: nn.Module, plan: Plan, seed: int | None, info: Mapping[str, Any] | None = None
+) -> AdapterState:
+    """An adapter as it starts on a model, which is not touched."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    shared = _start_shared(plan, generator)
+    tensors = {path: method.start(target, generator, shared) for path, (target, method) in plan.items()}
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return AdapterState(_spec(plan, base, info or {}), tensors, shared)
+
+
+def _spec(plan: Plan, base: str | None, info: Mapping[str, Any]) -> AdapterSpec:
+    return AdapterSpec(
+        {path: method for path, (_, method) in plan.items()},
+        {path: target.shape for path, (target, _) in plan.items()},
+        base,
+        info,
+    )
+
+
 def _start_shared(plan: Plan, generator: torch.Generator | None) -> dict[str, Tensor]:
     """Fresh values of what all targets of the adapter share."""
     methods = {path: method for path, (_, method) in plan.items()}
@@ -287,7 +304,7 @@ def _add_shared(
 def _place(attachments: Attachments, target: Target, name: str, adapter: AdapterParameters) -> Slot:
     slot = find_slot(target)
     if slot is None:
-        slot = Slot(target, attachments.routing)
+        slot = make_slot(target, attachments.routing)
         bind(slot)
         attachments.slots.append(slot)
     adapter.train(target.module.training)
@@ -300,7 +317,8 @@ def _freeze(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def _check_name(name: str, existing: Attachments | None) -> None:
+def check_name(name: str, existing: Attachments | None) -> None:
+    """Raise `AdapterNameError` for a name that is not allowed or taken."""
     if not isinstance(name, str) or not name or "." in name or "/" in name:
         raise AdapterNameError(f"An adapter's name must be a word without dots or slashes; got {name!r}.")
     if existing is not None and name in existing.adapters:

@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.routing import use_scope
+from lorakit.attach.blocks import BlockSlot
+from lorakit.attach.places import PlaceSlot
+from lorakit.attach.positions import PositionSlot
+from lorakit.attach.prefixes import AttentionSlot
+from lorakit.attach.prompts import InputSlot
+from lorakit.attach.routing import Routing, use_scope
 from lorakit.attach.slot import OUTPUT, Slot, output_hook
 from lorakit.core.route import Rows
 from lorakit.core.target import Target, stock_class
 from lorakit.core.walk import HOME
 from lorakit.errors import RoutingError, UnsupportedTargetError
+from lorakit.targets.attention import PositionsTarget
 
+_SLOTS: dict[str, type[Slot]] = {"attention": AttentionSlot, "inputs": InputSlot, "block": BlockSlot}
 _BOUND: dict[tuple[type, tuple[str, ...]], type] = {}
 # Values read so far in the running forward pass of a bound module: a module that reads its experts one by
 # one would
@@ -31,7 +38,13 @@ _READ: ContextVar[dict[tuple[int, str], Tensor] | None] = ContextVar("lorakit_re
 
 def slot_key(target: Target) -> str:
     """The slot's name in ``layer.lorakit``."""
-    return OUTPUT if target.binding == "forward" else target.parameter
+    key = OUTPUT if target.binding == "forward" else target.parameter
+    return f"{key}[{target.part}]" if target.part else key
+
+
+def make_slot(target: Target, routing: Routing) -> Slot:
+    """A slot of the kind that the target is bound by."""
+    return _SLOTS.get(target.binding, Slot)(target, routing)
 
 
 def find_slot(target: Target) -> Slot | None:
@@ -50,9 +63,18 @@ def bind(slot: Slot) -> None:
         home.train(module.training)
         module._modules[HOME] = home
     slot.train(module.training)
+    hooked = hooked_slots(module)
     home._modules[key] = slot
-    if key == OUTPUT:
-        slot.hook_id = module.register_forward_hook(output_hook, prepend=True, with_kwargs=True).id
+    if isinstance(slot, PlaceSlot):
+        slot.hook()
+        if isinstance(slot, AttentionSlot):
+            _position_slot(slot).attentions.append(slot)
+        return
+    if slot.target.binding == "forward":  # one hook runs all slots of the layer
+        if hooked:
+            slot.hook_id = hooked[0].hook_id
+        else:
+            slot.hook_id = module.register_forward_hook(output_hook, prepend=True, with_kwargs=True).id
         return
     _rebind(module)
     reader = slot.target.reader
@@ -68,15 +90,59 @@ def unbind(slot: Slot) -> None:
     home = module._modules[HOME]
     assert home is not None
     del home._modules[key]
+    if isinstance(slot, PlaceSlot):
+        _unbind_place(slot)
+        return
     reader = slot.target.reader
-    for table in (reader._forward_hooks, reader._forward_hooks_with_kwargs):
-        table.pop(slot.hook_id, None)
+    if slot.target.binding != "forward" or not hooked_slots(module):
+        for table in (reader._forward_hooks, reader._forward_hooks_with_kwargs):
+            table.pop(slot.hook_id, None)
     if not home._modules:
         del module._modules[HOME]
-    if key != OUTPUT:
+    if slot.target.binding != "forward":
         _rebind(module)
         if reader is not module:
             _rebind(reader)
+
+
+def _unbind_place(slot: PlaceSlot) -> None:
+    """The rest of ``unbind``, for a slot with hooks of its own kind."""
+    slot.unhook()
+    module = slot.target.module
+    if isinstance(slot, AttentionSlot):
+        positions = _position_slot(slot)
+        positions.attentions.remove(slot)
+        if not positions.attentions:
+            unbind(positions)
+    home = module._modules.get(HOME)
+    if home is not None and not home._modules:
+        del module._modules[HOME]
+
+
+def _position_slot(slot: AttentionSlot) -> PositionSlot:
+    """The slot that moves the positions for all attentions of a backbone; made with the first of them."""
+    target = PositionsTarget(slot.target.backbone)
+    found = find_slot(target)
+    if not isinstance(found, PositionSlot):
+        found = PositionSlot(target, slot.routing)
+        bind(found)
+    return found
+
+
+def slots_of(module: nn.Module) -> list[Slot]:
+    """The slots that live on a module: of its output, of its parameters, of slices of these."""
+    home = module._modules.get(HOME)
+    return [] if home is None else [slot for slot in home._modules.values() if isinstance(slot, Slot)]
+
+
+def hooked_slots(module: nn.Module) -> list[Slot]:
+    """Those of them that adapt the module's output."""
+    return [slot for slot in slots_of(module) if slot.target.binding == "forward"]
+
+
+def _bound_slots(module: nn.Module) -> list[Slot]:
+    """Those of them that adapt what is read for a parameter."""
+    return [slot for slot in slots_of(module) if slot.target.binding == "parameter"]
 
 
 def _off_the_fast_path(module: nn.Module, args: Any, output: Any) -> None:
@@ -90,7 +156,7 @@ def check_bindable(target: Target) -> None:
     """Refuse a module that a slot cannot live in.
 
     Raises:
-        UnsupportedTargetError: The module iterates over its children, or has slots of its own kind.
+        UnsupportedTargetError: The module iterates over its children, or keeps its weight in another form.
     """
     if isinstance(
         target.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -100,12 +166,15 @@ def check_bindable(target: Target) -> None:
             "so nothing can be "
             "added to it. Put the parameter in a module of its own."
         )
+    if target.binding == "parameter" and target.parameter not in target.module._parameters:
+        raise UnsupportedTargetError(
+            f"{target.path!r} cannot be adapted as a parameter: it is quantised (see lorakit.dequantize)."
+        )
 
 
 def _rebind(module: nn.Module) -> None:
     """Give the module the class that binds exactly the parameters that have slots."""
-    home = module._modules.get(HOME)
-    names = tuple(sorted(key for key in home._modules if key != OUTPUT)) if home is not None else ()
+    names = tuple(sorted({slot.target.parameter for slot in _bound_slots(module)}))
     stock = stock_class(module)
     module.__class__ = bound_class(stock, names) if names or _any_slot(module) is not None else stock
 
@@ -137,7 +206,10 @@ def _bound_property(name: str) -> property:
         seen = None if torch.compiler.is_compiling() else _READ.get()
         if seen is not None and (id(module), name) in seen:
             return seen[id(module), name]
-        value = home._modules[name].effective(base)  # type: ignore[operator, union-attr]
+        value = base
+        for slot in home._modules.values():  # one for the parameter, or one for each slice of it
+            if slot.target.binding == "parameter" and slot.target.parameter == name:  # type: ignore[union-attr]
+                value = slot.effective(base, value)  # type: ignore[operator, union-attr]
         if seen is not None:
             seen[id(module), name] = value
         return value
@@ -162,9 +234,8 @@ def _bound_forward(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
 def _any_slot(module: nn.Module) -> Slot | None:
     """A slot of a weight that this module reads: one of its own parameters, or an attention's output projection."""
     for owner in (module, module._modules.get("out_proj")):
-        home = None if owner is None else owner._modules.get(HOME)
-        for key, slot in {} if home is None else home._modules.items():
-            if key != OUTPUT and isinstance(slot, Slot) and slot.target.reader is module:
+        for slot in [] if owner is None else _bound_slots(owner):
+            if slot.target.reader is module:
                 return slot
     return None
 

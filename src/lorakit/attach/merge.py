@@ -81,6 +81,7 @@ def merge(
         )
     default = routing.default
     covered = all(dict(default.weights).get(name) == weight for name, weight in mix.weights)
+    _check_weights(attachments, mix)
     check_finite(attachments, mix)
     with torch.inference_mode(False), torch.no_grad():
         new = _new_weights(attachments, mix)
@@ -209,11 +210,7 @@ def _fold(
         target, adapter = slot.target, slot.adapter(name)
         assert isinstance(adapter, AdapterParameters)
         method = adapter.method
-        if not isinstance(method, WeightMethod):
-            raise MergeError(
-                f"{name!r} uses {type(method).__name__} at {target.path!r}, which defines no weight and "
-                "cannot be merged."
-            )
+        assert isinstance(method, WeightMethod)
         p = {key: value.detach().to(wide) for key, value in adapter._parameters.items() if value is not None}
         base = target.to_matrix(stored)
         so_far = stored if total is None else total
@@ -222,11 +219,24 @@ def _fold(
             total = target.replaced(so_far, method.fold(target, p, running, base, weight))
         extra = method.bias_delta(target, p)
         if extra is not None:
-            bias = weight * extra if bias is None else bias + weight * extra
+            extra = weight * target.spread(extra)
+            bias = extra if bias is None else bias + extra
     assert total is not None
     if added is not None:
         total = total + added
     return _New(first, _rounded(total, dtype, first.path, mix), None), bias
+
+
+def _check_weights(attachments: Attachments, mix: Mix) -> None:
+    """Raise `MergeError` for the first adapter that is no change of a weight."""
+    for name in mix.names:
+        for path, adapter in attachments.parameters_of(name):
+            if not isinstance(adapter.method, WeightMethod):
+                where = repr(path) if path else "the model"
+                raise MergeError(
+                    f"{name!r} uses {type(adapter.method).__name__} at {where}, which defines no weight "
+                    "and cannot be merged."
+                )
 
 
 def check_finite(attachments: Attachments, mix: Mix) -> None:

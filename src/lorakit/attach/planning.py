@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from itertools import combinations
 
 from torch import nn
 
 from lorakit.attach.attachments import Attachments
-from lorakit.attach.binding import check_bindable
-from lorakit.attach.slot import OUTPUT, Slot
+from lorakit.attach.binding import check_bindable, slot_key, slots_of
 from lorakit.core.adapter import AdapterState
-from lorakit.core.method import DeltaMethod, Method
-from lorakit.core.selection import Selector, pattern_matches
+from lorakit.core.method import DeltaMethod, Method, WeightMethod
+from lorakit.core.selection import Adapts, Selector, pattern_matches
 from lorakit.core.target import Shape, Target
-from lorakit.core.walk import HOME, base_modules, join
+from lorakit.core.walk import base_modules, join
 from lorakit.errors import (
     AdapterMismatchError,
     MergeError,
@@ -23,15 +24,21 @@ from lorakit.errors import (
     listing,
     near_matches,
 )
+from lorakit.targets.blocks import block_target
 from lorakit.targets.find import find, without_excluded
+from lorakit.targets.named_slices import slice_at
+from lorakit.targets.places import PLACES
 from lorakit.targets.recognise import candidates, layer_target, parameter_target
 
+_SIDES = {"forward": "its output", "parameter": "the parameter"}
 Plan = dict[str, tuple[Target, Method]]
+Key = str | tuple[str, ...] | re.Pattern[str]
+"""What a mapping of methods may have for a key: a preset or name, several names, or an expression for whole paths."""
 
 
 def plan_method(
     model: nn.Module,
-    adapter: Method | Mapping[str, Method],
+    adapter: Method | Mapping[str, Method] | Mapping[Key, Method],
     targets: Selector | None,
     exclude: Selector | None,
 ) -> Plan:
@@ -43,19 +50,14 @@ def plan_method(
     elif isinstance(adapter, Mapping):
         if targets is not None:
             raise TargetError("A mapping names its targets in its keys: pass no targets with it.")
-        odd = [key for key in adapter if not isinstance(key, str)]
-        if odd:
-            raise TargetError(
-                f"A mapping's keys are presets, or names of layers or parameters; got {odd[0]!r}."
-            )
-        choices = [([key] if not key.startswith("all-") else key, method) for key, method in adapter.items()]
+        choices = [(_selector(key), method) for key, method in adapter.items()]
     else:
         raise TargetError(
             "attach takes a method, a mapping from patterns to methods, or an AdapterState; got "
             f"{type(adapter).__name__}."
         )
     plan: Plan = {}
-    places: dict[tuple[int, str], str] = {}
+    places: dict[tuple[int, str, str], str] = {}
     for selector, method in choices:
         if not isinstance(method, Method):
             raise TargetError(
@@ -72,7 +74,7 @@ def plan_method(
                 raise UnsupportedTargetError(
                     f"{type(method).__name__} cannot adapt {target.path!r}: {reason}."
                 )
-            place = (id(target.module), target.parameter)
+            place = (id(target.module), target.parameter, target.part)
             earlier = places.get(place)  # the same weight, perhaps by another name: `q_proj`, `q_proj.weight`
             if earlier is not None:
                 del plan[earlier]
@@ -86,13 +88,31 @@ def plan_method(
     return plan
 
 
+def _selector(key: Key) -> Selector:
+    """The choice of targets that a mapping's key means."""
+    if isinstance(key, str):
+        return key if key.startswith("all-") else [key]
+    if isinstance(key, re.Pattern) and isinstance(key.pattern, str):
+        if key.flags != re.compile(key.pattern).flags:
+            raise TargetError(
+                f"Write the flags of {key!r} into its text, as in '(?i)...': it is matched by that."
+            )
+        return key.pattern
+    if isinstance(key, tuple) and all(isinstance(name, str) for name in key):
+        return key
+    raise TargetError(
+        "A mapping's keys are presets, names of layers or parameters, tuples of names, or compiled regular "
+        f"expressions; got {key!r}."
+    )
+
+
 def plan_state(model: nn.Module, state: AdapterState) -> Plan:
     """The places of a state in a model; every one must be there, and of the size it was made for."""
     plan: Plan = {}
     missing: list[str] = []
     for path, method in state.spec.methods.items():
         want = state.spec.shapes[path]
-        target = parameter_target(model, path) if method.adapts == "parameter" else layer_target(model, path)
+        target = _target_at(model, path, method.adapts)
         if isinstance(target, str):
             raise UnsupportedTargetError(f"{path!r} cannot be adapted: {target}.")
         if target is None:
@@ -119,9 +139,22 @@ def plan_state(model: nn.Module, state: AdapterState) -> Plan:
     return plan
 
 
+def _target_at(model: nn.Module, path: str, adapts: Adapts) -> Target | str | None:
+    """What is adapted at a path, or the reason why it cannot be; None when there is nothing."""
+    if adapts == "module":
+        return block_target(model, path)
+    if adapts in PLACES:
+        return PLACES[adapts].at(model, path)
+    target = parameter_target(model, path) if adapts == "parameter" else layer_target(model, path)
+    return slice_at(model, path, adapts) if target is None else target
+
+
 def companions_of(model: nn.Module, plan: Plan) -> list[tuple[str, Target]]:
     """For methods that follow ties: the other layers that use the same stored weight."""
-    followers = {id(t.stored): path for path, (t, m) in plan.items() if m.follows_ties}
+    followers: dict[int, list[str]] = {}
+    for path, (target, method) in plan.items():
+        if method.follows_ties:
+            followers.setdefault(id(target.stored), []).append(path)
     found: list[tuple[str, Target]] = []
     for path, module in base_modules(model) if followers else ():
         for key, parameter in module._parameters.items():
@@ -129,23 +162,26 @@ def companions_of(model: nn.Module, plan: Plan) -> list[tuple[str, Target]]:
             own_path = path if key == "weight" else parameter_path
             if id(parameter) not in followers or own_path in plan or parameter_path in plan:
                 continue
-            source = followers[id(parameter)]
-            method = plan[source][1]
-            target = layer_target(model, own_path)
-            reason = method.supports(target) if isinstance(target, Target) else target
-            if reason is not None or not isinstance(target, Target):
-                raise UnsupportedTargetError(
-                    f"{type(method).__name__} at {source!r} must also act at {own_path!r}, which uses the same weight, "
-                    f"but cannot: {reason}."
-                )
-            found.append((source, target))
+            for source in followers[id(parameter)]:
+                origin, method = plan[source]
+                if origin.module is module:  # a slice of it
+                    continue
+                there = f"{own_path}[{origin.part}]" if origin.part else own_path
+                companion = _target_at(model, there, method.adapts)
+                reason = method.supports(companion) if isinstance(companion, Target) else companion
+                if reason is not None or not isinstance(companion, Target):
+                    raise UnsupportedTargetError(
+                        f"{type(method).__name__} at {source!r} must also act at {there!r}, which uses the same "
+                        f"weight, but cannot: {reason}."
+                    )
+                found.append((source, companion))
     return found
 
 
 def check_beside_merged(existing: Attachments, plan: Plan) -> None:
     """Refuse what is measured from the base while something is merged into it."""
     for path, (_, method) in plan.items():
-        if not isinstance(method, DeltaMethod):
+        if isinstance(method, WeightMethod) and not isinstance(method, DeltaMethod):
             raise MergeError(
                 f"{listing(existing.routing.merged.names)} is merged, and {type(method).__name__} at {path!r} is "
                 "measured from the base weights. Call lorakit.unmerge(model) first."
@@ -155,34 +191,30 @@ def check_beside_merged(existing: Attachments, plan: Plan) -> None:
 def check_one_formula(plan: Plan, companions: list[tuple[str, Target]]) -> None:
     """Refuse to adapt one weight from two sides when one of them is not additive: the two could not be told apart.
 
-    A layer's output is adapted by a hook, its weight by what the layer reads. Additive changes from both add up; but
-    DoRA on the output rescales whatever weight the layer has read.
+    A layer's output is adapted by a hook, its weight by what the layer reads; and a slice of either may overlap another
+    slice or the whole. Additive changes from all sides add up; but DoRA on the output rescales whatever weight the
+    layer has read, and whatever another side has added.
     """
     sides: dict[tuple[int, str], list[tuple[Target, Method]]] = {}
     followed = [(target, plan[path][1]) for path, target in companions]
     for target, method in (*plan.values(), *followed):
         sides.setdefault((id(target.module), target.parameter), []).append((target, method))
     for acting in sides.values():
-        if all(t.binding == "forward" and isinstance(m, DeltaMethod) for t, m in acting):
-            continue  # fits whatever is there; to look at it would cost more with each adapter on the model
         target = acting[0][0]
-        home = target.module._modules.get(HOME)
-        slots = [] if home is None else [home._modules.get(key) for key in (OUTPUT, target.parameter)]
-        acting += [
-            (slot.target, a.method)  # type: ignore[misc, union-attr]
-            for slot in slots
-            if isinstance(slot, Slot) and slot.target.parameter == target.parameter
-            for a in slot._modules.values()
-        ]
-        hooked = [m for t, m in acting if t.binding == "forward"]
-        bound = [m for t, m in acting if t.binding == "parameter"]
-        odd = next((m for m in hooked if not isinstance(m, DeltaMethod)), None)
-        if bound and odd is not None:
-            raise UnsupportedTargetError(
-                f"The weight of {target.path!r} would be adapted both as a parameter ({type(bound[0]).__name__}) and "
-                f"through its layer's output ({type(odd).__name__}), which is defined on the base weight alone. "
-                "Choose one of them for this layer."
-            )
+        sided = [s for s in slots_of(target.module) if s.target.parameter == target.parameter]
+        places = {slot_key(t): t for t in (*(slot.target for slot in sided), *(t for t, _ in acting))}
+        if not any(a.overlaps(b) for a, b in combinations(places.values(), 2)):
+            continue  # fits whatever is there; to look at it would cost more with each adapter on the model
+        acting += [(slot.target, a.method) for slot in sided for a in slot._modules.values()]  # type: ignore[misc, union-attr]
+        rescaled = [(t, m) for t, m in acting if t.binding == "forward" and not isinstance(m, DeltaMethod)]
+        for t, odd in rescaled:
+            beside = next((o for o in acting if slot_key(o[0]) != slot_key(t) and t.overlaps(o[0])), None)
+            if beside is not None:
+                raise UnsupportedTargetError(
+                    f"The weight of {t.path!r} would be adapted through its layer's output ({type(odd).__name__}), "
+                    f"which is defined on the base weight alone, and also as {beside[0].path!r} "
+                    f"({type(beside[1]).__name__}, {_SIDES[beside[0].binding]}). Choose one of them."
+                )
 
 
 def _check_patterns(method: Method, paths: list[str]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lorakit.attach.attachments import Attachments, attachments_of
 from lorakit.core.method import LowRankMethod
-from lorakit.core.walk import base_parameters
+from lorakit.targets.counting import base_numel
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def attach_report(model: nn.Module, attachments: Attachments, name: str) -> Atta
                 slot.target.binding,
             )
         )
-    base = sum(p.numel() for _, p in base_parameters(model))
+    base = base_numel(model)
     return AttachReport(
         name,
         tuple(sites),
@@ -170,13 +171,19 @@ def _table(sites: tuple[SiteReport, ...]) -> list[str]:
     for site in sites:
         rank = "" if site.rank is None else f"r={site.rank}"
         how = " (weight-bound)" if site.binding == "parameter" else ""
-        groups.setdefault((site.path.rsplit(".", 1)[-1] + how, site.size, site.method, rank), []).append(site)
+        last = site.path.rsplit(".", 1)[-1] or "(model)"
+        groups.setdefault((last + how, site.size, site.method, rank), []).append(site)
     rows = [(f"{len(g)} x", *key, f"{sum(s.parameters for s in g):,}") for key, g in groups.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(6)] if rows else []
+    return table_of(rows)
+
+
+def table_of(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines with the cells of each row under those of the row before; the last one, a number, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "
         + "  ".join(
-            cell.ljust(w) if i < 5 else cell.rjust(w)
+            cell.ljust(w) if i < len(row) - 1 else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows

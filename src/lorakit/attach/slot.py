@@ -62,18 +62,39 @@ class Slot(nn.Module):
         """
         if not self.ran and not torch.compiler.is_compiling():
             self.ran = True
-        route = self.routing.current(self.training)
-        if seen and any(name in self._modules for name in route.names):
+        # This runs for every layer and token, mostly with one adapter and outside any `use`: that way has few calls.
+        target, routing = self.target, self.routing
+        scoped = routing.open_scopes or routing.ran_scoped_with_grad
+        route = routing.current(self.training) if scoped else routing.resting
+        if seen and self._acts(route):
             y = y.clone()
         if y.is_nested:
             return self._nested(route, x, y)
-        if isinstance(route, Mix):
-            return self._mix(route, x, y)
-        return self._rows(route, x, y)
+        if target.part:
+            return self._in_part(route, x, y)
+        if not isinstance(route, Mix):
+            return self._rows(route, x, y)
+        if len(route.weights) == 1 and route.weights[0][1] == 1:
+            only: Any = self._modules.get(route.weights[0][0])
+            if only is None:
+                return y
+            return only.method.forward(target, only._parameters, x, y, training=self.training)
+        return self._mix(route, x, y)
+
+    def _acts(self, route: Route) -> bool:
+        """Whether an adapter of the route has parameters here."""
+        return any(name in self._modules for name in route.names)
+
+    def _in_part(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
+        """The whole output, with the part of it that belongs to a slice adapted."""
+        if not self._acts(route):
+            return y
+        part = self.target.select(y)
+        changed = self._mix(route, x, part) if isinstance(route, Mix) else self._rows(route, x, part)
+        return self.target.insert(y, changed)
 
     def _mix(self, mix: Mix, x: Tensor, y: Tensor) -> Tensor:
         target, training, weights = self.target, self.training, mix.weights
-        # The usual case, kept short: it runs for every layer and token.
         if len(weights) == 1 and weights[0][1] == 1:
             only: Any = self._modules.get(weights[0][0])
             if only is None:
@@ -98,7 +119,10 @@ class Slot(nn.Module):
                 "Pass padded tensors (nn.TransformerEncoder: enable_nested_tensor=False)."
             )
         packed = x.contiguous().values().view(-1, self.target.in_)
-        tokens = self._mix(route, packed, y.contiguous().values().view(-1, self.target.out))
+        values = y.contiguous().values().view(-1, y.size(-1))
+        tokens = (
+            self._in_part(route, packed, values) if self.target.part else self._mix(route, packed, values)
+        )
         if tokens.requires_grad:
             raise RoutingError(
                 f"{self.target.path!r} received a nested tensor, and torch cannot differentiate what follows. "
@@ -142,8 +166,13 @@ class Slot(nn.Module):
         RemovableHandle.next_id = max(RemovableHandle.next_id, taken + 1)
 
     # ---- a bound parameter's value
-    def effective(self, base: Tensor) -> Tensor:
-        """The value that the layer reads for its parameter under the route of this call."""
+    def effective(self, base: Tensor, so_far: Tensor) -> Tensor:
+        """The value that the layer reads for its parameter under the route of this call.
+
+        Args:
+            base: The stored value; every change is measured from it.
+            so_far: The same with the changes of other slots, of other slices of the parameter.
+        """
         if not self.ran and not torch.compiler.is_compiling():
             self.ran = True
         route = self.routing.current(self.training)
@@ -155,18 +184,21 @@ class Slot(nn.Module):
             )
         acting = [(self._modules[name], weight) for name, weight in route.weights if name in self._modules]
         if not acting:
-            return base
-        W = total = self.target.to_matrix(base)
+            return so_far
+        W = self.target.to_matrix(base)
+        total = W if so_far is base else self.target.to_matrix(so_far)
         for adapter, weight in acting:
             total = adapter.method.fold(self.target, adapter._parameters, total, W, weight)  # type: ignore[operator, union-attr]
-        return self.target.from_matrix(total)
+        return self.target.replaced(so_far, total)
 
 
 def output_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """The forward hook of an adapted layer; a plain function, so copies and pickles of the model work."""
-    slot = module._modules[HOME]._modules[OUTPUT]  # type: ignore[union-attr]
     x = args[0] if args else next(iter(kwargs.values()))
     # The output may be reused only if nobody else has seen it: no hook that ran before this one, no patched forward.
     first = next(iter(module._forward_hooks))
-    seen = first != slot.hook_id or bool(_global_forward_hooks) or "forward" in module.__dict__  # type: ignore[union-attr]
-    return slot.adapt_output(x, output, seen)  # type: ignore[operator, union-attr]
+    patched = bool(_global_forward_hooks) or "forward" in module.__dict__
+    for slot in module._modules[HOME]._modules.values():  # type: ignore[union-attr]
+        if slot.target.binding == "forward":  # type: ignore[union-attr]
+            output = slot.adapt_output(x, output, patched or first != slot.hook_id)  # type: ignore[operator, union-attr]
+    return output

@@ -1,7 +1,16 @@
 """The contracts: targets and storages, methods, adapters as data, routes, and the selection of targets."""
 
 from lorakit.core.adapter import AdapterSpec, AdapterState
-from lorakit.core.method import DeltaMethod, Factors, LowRankMethod, Method, WeightMethod
+from lorakit.core.mapping import FixedMapping
+from lorakit.core.method import (
+    DeltaMethod,
+    Factors,
+    InputMethod,
+    KeyValueMethod,
+    LowRankMethod,
+    Method,
+    WeightMethod,
+)
 from lorakit.core.process import Site, TrainingProcess
 from lorakit.core.registry import METHODS, method_from_json, register
 from lorakit.core.route import OFF, Mix, Route, Rows
@@ -14,6 +23,9 @@ __all__ = [
     "AdapterState",
     "DeltaMethod",
     "Factors",
+    "FixedMapping",
+    "InputMethod",
+    "KeyValueMethod",
     "LowRankMethod",
     "Method",
     "Mix",

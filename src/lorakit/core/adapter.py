@@ -106,6 +106,35 @@ class AdapterState:
         shared = {name: t.to(device=device, dtype=dtype) for name, t in self.shared.items()}
         return AdapterState(self.spec, moved, shared)
 
+    def plain(self) -> AdapterState:
+        """The same change in its plainest words: a LoRA that is measured from its start becomes one of twice the rank.
+
+        A prefix that a network makes becomes the prefix. Exact. What is lost is what training would go on with; an
+        adapter that is plain already is returned as it is.
+        """
+        spec = self.spec
+        made = {p: m.plain(spec.shapes[p], self.parameters(p)) for p, m in spec.methods.items()}
+        methods = {path: method for path, (method, _) in made.items()}
+        if methods == dict(spec.methods):
+            return self
+        tensors = {
+            path: {name: t for name, t in group.items() if name not in method.shared_shapes()}
+            for path, (method, group) in made.items()
+        }
+        shared = {name: self.shared[name] for name in shared_shapes(methods)}
+        return AdapterState(AdapterSpec(methods, spec.shapes, spec.base, spec.info), tensors, shared)
+
+    def compact(self) -> AdapterState:
+        """The same change without what has no effect: the triplets that AdaLoRA has pruned.
+
+        What was left out cannot come back: an adapter whose ranks are still to be moved is kept whole.
+        """
+        spec = self.spec
+        made = {p: m.compact(spec.shapes[p], self.tensors[p]) for p, m in spec.methods.items()}
+        methods = {path: method for path, (method, _) in made.items()}
+        tensors = {path: group for path, (_, group) in made.items()}
+        return AdapterState(AdapterSpec(methods, spec.shapes, spec.base, spec.info), tensors, self.shared)
+
     def non_finite(self) -> list[str]:
         """Names ``path:tensor`` of the tensors that hold a NaN or an infinity."""
         return [f"{path}:{name}".lstrip(":") for path, name, t in self.all_tensors() if not all_finite(t)]

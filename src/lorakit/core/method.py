@@ -6,6 +6,8 @@
 | `WeightMethod` | `weight`: the new weight | forward, merge, export |
 | `DeltaMethod` | `delta`: what is added | weight, forward |
 | `LowRankMethod` | `factors`: `A`, `B`, scale | delta, the fused forward, serving, rank tools |
+| `KeyValueMethod` | `keys_values`: what attention sees besides | acts inside the attention |
+| `InputMethod` | `vectors`: what the model reads first | acts on the model's input |
 
 A method is a frozen dataclass: the configuration *is* the method. It never sees a layer class.
 """
@@ -15,12 +17,13 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorakit.core.process import Site, TrainingProcess
+from lorakit.core.selection import Adapts
 from lorakit.core.target import Shape, Target
 
 Tensors = Mapping[str, Tensor]
@@ -43,14 +46,18 @@ class Method(ABC):
             rates; ``"magnitude"``, ``"copy"`` and ``"bias"`` say what they are.
         frozen: Names of parameters that are never trained.
         default_targets: What is adapted when the user names no targets.
-        adapts: Whether a name means a layer, or every parameter of what is named.
+        adapts: Whether a name means a layer, every parameter of what is named, a block, an attention, or a whole model.
+        starts_at_base: Whether a fresh adapter leaves the output as it was.
+        packable: Whether it acts on documents that are packed into one row as on each of them alone.
         follows_ties: Whether the change acts wherever the weight is tied to, and not only at the target named.
     """
 
     name: ClassVar[str]
     roles: ClassVar[Mapping[str, str]] = {}
     default_targets: ClassVar[str] = "all-linear"
-    adapts: ClassVar[Literal["layer", "parameter"]] = "layer"
+    adapts: ClassVar[Adapts] = "layer"
+    starts_at_base: ClassVar[bool] = True
+    packable: ClassVar[bool] = True
     follows_ties: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -115,6 +122,15 @@ class Method(ABC):
         """The same change with what has no effect left out, for saving: a method and its tensors at one target."""
         return self, tensors
 
+    def plain(self, shape: Shape, tensors: Tensors) -> tuple[Method, Tensors]:
+        """The same change as programs other than lorakit can say it: without what only further training needs.
+
+        Args:
+            shape: The facts of the target.
+            tensors: All that act there, the shared ones included.
+        """
+        return self, tensors
+
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that `method_from_json` turns back into an equal method."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -150,8 +166,8 @@ class DeltaMethod(WeightMethod):
         """The change, ``(*batch, out, in)``."""
 
     def weight(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
-        """``W + delta``."""
-        return W + self.delta(target, p)
+        """``W + delta``, in the dtype of ``W``."""
+        return self.fold(target, p, W, W, 1.0)
 
     def fold(self, target: Target, p: Tensors, W: Tensor, base: Tensor, weight: float) -> Tensor:
         """``W + weight * delta``."""
@@ -185,10 +201,6 @@ class LowRankMethod(DeltaMethod):
         A, B, scale = self.factors(target, p)
         return scale * (B @ A)
 
-    def weight(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
-        """``W + scale * B A`` with no temporary of that size."""
-        return self.fold(target, p, W, W, 1.0)
-
     def fold(self, target: Target, p: Tensors, W: Tensor, base: Tensor, weight: float) -> Tensor:
         """``W + weight * scale * B A``, accumulated in one product."""
         A, B, scale = self.factors(target, p)
@@ -204,6 +216,58 @@ class LowRankMethod(DeltaMethod):
         """The fused low-rank product."""
         A, B, scale = self.factors(target, p)
         return target.add_low_rank(y, x, A, B, scale * weight, self.input_dropout if training else 0.0)
+
+
+class KeyValueMethod(Method):
+    """A method that puts keys and values of its own in front of those that an attention computes.
+
+    They stand in front un-rotated, and the positions of the tokens move up by ``length``, as if the tokens had been
+    read after a cache with these keys and values.
+
+    Attributes:
+        length: How many there are.
+    """
+
+    length: int
+
+    default_targets: ClassVar[str] = "all-attention"
+    adapts: ClassVar[Adapts] = "attention"
+    starts_at_base: ClassVar[bool] = False
+    packable: ClassVar[bool] = False
+
+    @abstractmethod
+    def keys_values(self, target: Target, p: Tensors) -> tuple[Tensor, Tensor]:
+        """Keys and values, each ``(length, width)`` with the heads side by side."""
+
+    def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
+        """``y`` itself: the change has happened inside the attention."""
+        return y
+
+
+class InputMethod(Method):
+    """A method that puts vectors of its own in front of the embedded tokens that a model reads.
+
+    Attributes:
+        length: How many there are.
+        pooled: What a head or pooler that takes the first position gets: the first ``"token"``, as without them, or the
+            first vector of the ``"prompt"``.
+    """
+
+    length: int
+    pooled: str
+
+    default_targets: ClassVar[str] = "all-inputs"
+    adapts: ClassVar[Adapts] = "model"
+    starts_at_base: ClassVar[bool] = False
+    packable: ClassVar[bool] = False
+
+    @abstractmethod
+    def vectors(self, target: Target, p: Tensors) -> Tensor:
+        """The vectors, ``(length, width)``."""
+
+    def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
+        """``y`` itself: the change has happened on the way in."""
+        return y
 
 
 def _plain(value: Any) -> Any:

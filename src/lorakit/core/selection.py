@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from torch import nn
 
 from lorakit.errors import ConfigError, UnmatchedTargetError, listing, near_matches
 
 Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
-PRESETS = ("all-linear", "all-parameters", "all-bias")
+Adapts = Literal["layer", "parameter", "module", "attention", "model"]
+"""What a name means to a method: a layer, every parameter of what is named, a block, an attention, a whole model."""
+PRESETS = (
+    "all-linear", "all-conv", "all-parameters", "all-bias", "all-attention", "all-inputs",
+    "all-keys-values-feedforward", "all-block-outputs", "all-ffn-outputs", "all-ffn",
+)  # fmt: skip
 
 
 def pattern_matches(key: str, path: str) -> bool:
-    """PEFT's rule for ``rank_pattern``: a regular expression for the path's end, or after ``^`` for all of it."""
+    """PEFT's rule for ``rank_pattern``: a regular expression for the path's end, or after ``^`` for all of it.
+
+    The brackets of a slice, ``"c_attn[q]"``, need no backslashes.
+    """
+    if key.endswith("]") and ends_with(path, key):
+        return True
     try:
         return re.match(rf"(.*\.)?({key})$", path) is not None
     except re.error as error:
@@ -29,6 +40,12 @@ def pattern_matches(key: str, path: str) -> bool:
 def ends_with(path: str, entry: str) -> bool:
     """Whether an entry of a list names this path."""
     return path == entry or path.endswith("." + entry)
+
+
+def split_part(entry: str) -> tuple[str, str]:
+    """``"c_attn[q]"`` as ``("c_attn", "q")``; the part is empty where there are no brackets at the end."""
+    name, bracket, part = entry.partition("[")
+    return (name, part[:-1]) if bracket and part.endswith("]") else (entry, "")
 
 
 def entry_matches(entry: str, paths: Iterable[str]) -> list[str]:
@@ -54,7 +71,7 @@ def fullmatch(expression: str, paths: Iterable[str]) -> list[str]:
 def unmatched(entry: str, paths: Sequence[str], *, what: str = "target") -> UnmatchedTargetError:
     """The error for an entry that names nothing, with the nearest names that would have."""
     ends = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
-    hint = near_matches(entry.rsplit(".", 1)[-1], ends)
+    hint = near_matches(split_part(entry)[0].rsplit(".", 1)[-1], ends)
     return UnmatchedTargetError(
         f"The {what} {entry!r} matches nothing in this model.{hint} It has: "
         f"{listing(sorted(ends), most=20) or 'no layer to adapt'}."
@@ -64,7 +81,7 @@ def unmatched(entry: str, paths: Sequence[str], *, what: str = "target") -> Unma
 def unmatched_expression(expression: str, paths: Sequence[str]) -> UnmatchedTargetError:
     """The error for a string that is neither a preset nor a regular expression for any path."""
     hint = near_matches(expression, PRESETS)
-    if entry_matches(expression, paths):
+    if entry_matches(split_part(expression)[0], paths):
         hint = (
             " A string is a regular expression for the whole path; to name layers by their ending, give a list: "
             f"[{expression!r}]."

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lorakit.ops import kronecker
+
 Kind = Literal["linear", "embedding", "conv", "parameter", "module", "attention", "model"]
-Binding = Literal["forward", "parameter", "attention", "inputs"]
+Binding = Literal["forward", "parameter", "block", "attention", "inputs"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Shape:
         return self.kind == "embedding"
 
     @property
+    def channels(self) -> int:
+        """Columns for each position of the kernel: input channels (of one group); without a kernel, all columns."""
+        return self.in_ // math.prod(self.kernel)
+
+    @property
     def numel(self) -> int:
         """Numbers in the base weight."""
         return math.prod(self.batch) * self.out * self.in_
@@ -64,6 +71,14 @@ class Storage(ABC):
     @abstractmethod
     def load(self, module: nn.Module, name: str) -> Tensor:
         """The dense value of ``module``'s parameter ``name``, detached; the *base*, never an adapted one."""
+
+    def stand_in(self, module: nn.Module, name: str) -> Tensor:
+        """A tensor of the size, dtype and device of what ``load`` gives, for these facts alone: the parameter."""
+        value: Tensor | None = module._parameters.get(name)
+        if value is None:
+            value = module._buffers[name]
+            assert value is not None
+        return value
 
     @abstractmethod
     def store(self, module: nn.Module, name: str, value: Tensor) -> None:
@@ -91,10 +106,14 @@ class Target(ABC):
             layer reads is, because no call of the layer could be hooked.
         reader: The module whose forward reads the weight: ``module``, but for the output projection of an attention.
         gain: A constant that the layer multiplies its product by (scaled embeddings); 1 for almost all.
+        part: Which of the weight's output rows this is, in the words of the path's brackets; empty for all of them.
+        measured: Factors ``(A, B)`` that were computed from data for a start here, see `lorakit.eva`.
     """
 
     shape: Shape
     gain: float = 1.0
+    part: str = ""
+    measured: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self, path: str, module: nn.Module, parameter: str, storage: Storage, binding: Binding = "forward"
@@ -124,17 +143,23 @@ class Target(ABC):
 
     @property
     def stored(self) -> Tensor:
-        """The stored tensor, whatever its form: for its device, and for its dtype where that is a float."""
-        value: Tensor | None = self.module._parameters.get(self.parameter)
-        if value is None:
-            value = self.module._buffers[self.parameter]
-            assert value is not None
-        return value
+        """The stored tensor; of a weight that is not kept dense, a stand-in of the same size, dtype and device."""
+        return self.storage.stand_in(self.module, self.parameter)
 
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias, if it has one that is added after the product with this weight."""
         return getattr(self.module, "bias", None)
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        """The bias as the base has it, whatever an adapter of the bias itself makes of it."""
+        return None if self.bias is None else self.module._parameters.get("bias")
+
+    @property
+    def padding(self) -> int | None:
+        """The column that is never trained: that of an embedding's ``padding_idx``."""
+        return None
 
     # ---- views of the base
     def weight(self) -> Tensor:
@@ -164,6 +189,21 @@ class Target(ABC):
     ) -> Tensor:
         """``y + scale * apply(dropout(x), B A)`` without forming ``B A``; may reuse the memory of ``y``."""
 
+    def apply_kronecker(self, x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
+        """``apply(x, W1 ⊗ W2)``; where that is possible without forming the product, it is not formed."""
+        return self.apply(x, kronecker(W1, W2))
+
+    def weight_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient of the stack ``W`` in ``apply(x, W)`` from that of its result; in at least float32."""
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        x = x.to(wide) if x.is_floating_point() else x
+        with torch.enable_grad():
+            W = torch.zeros(
+                *self.batch, self.out, self.in_, dtype=wide, device=gradient.device, requires_grad=True
+            )
+            (G,) = torch.autograd.grad(self.apply(x, W), W, gradient.to(wide))
+        return G
+
     def scale_out(self, y: Tensor, k: Tensor) -> Tensor:
         """Multiply output feature ``j`` by ``k[j]``; ``k`` is ``(*batch, out)``."""
         return y * k
@@ -175,6 +215,23 @@ class Target(ABC):
     def add_bias(self, y: Tensor, sign: int = 1) -> Tensor:
         """``y + sign * bias`` for the layer's own bias."""
         return y if self.bias is None else self.scale_add_bias(y, self.bias, sign)
+
+    # ---- slices: when this is a part of a layer's output
+    def select(self, y: Tensor) -> Tensor:
+        """The part of the layer's output that belongs to this target; a view where possible."""
+        return y
+
+    def insert(self, y: Tensor, part: Tensor) -> Tensor:
+        """The layer's output ``y`` with ``part`` in place of what ``select(y)`` gave; may reuse the memory of ``y``."""
+        return part
+
+    def spread(self, vector: Tensor) -> Tensor:
+        """A number for each output feature of this target, as one for each of the layer's; zero for the others."""
+        return vector
+
+    def overlaps(self, other: Target) -> bool:
+        """Whether this and another target of the same weight have output rows in common."""
+        return True
 
     # ---- for attach
     def arrange(self, role: str, tensor: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lorakit.core.method import Tensors, WeightMethod
 from lorakit.core.registry import register
+from lorakit.core.selection import Adapts
 from lorakit.core.target import Shape, Target
 
 
@@ -26,15 +27,13 @@ class FullFineTuning(WeightMethod):
 
     roles: ClassVar[Mapping[str, str]] = {"value": "copy"}
     default_targets: ClassVar[str] = "all-parameters"
-    adapts: ClassVar[Literal["layer", "parameter"]] = "parameter"
+    adapts: ClassVar[Adapts] = "parameter"
 
     def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """``value``, the size of the weight."""
         return {"value": (*shape.batch, shape.out, shape.in_)}
 
-    def start(
-        self, target: Target, generator: torch.Generator | None, shared: Tensors
-    ) -> dict[str, Tensor]:
+    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
         """A copy of the base."""
         return {"value": target.weight().clone()}
 

@@ -9,17 +9,27 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lorakit.core.method import Factors, LowRankMethod, Tensors
+from lorakit.core.mapping import FixedMapping
+from lorakit.core.method import Factors, LowRankMethod, Method, Tensors
 from lorakit.core.registry import register
 from lorakit.core.selection import pattern_matches
 from lorakit.core.target import Shape, Target
 from lorakit.errors import ConfigError, near_matches
-from lorakit.methods.init import INITS
+from lorakit.methods.init import init_called
+from lorakit.methods.settings import (
+    check_alpha,
+    check_dropout,
+    check_rank,
+    check_rank_fits,
+    no_input_to_drop,
+)
+from lorakit.ops import joined
 
 SCALINGS: Mapping[str, Callable[[float, int], float]] = {
     "lora": lambda alpha, r: alpha / r,
@@ -33,7 +43,9 @@ class LoRA(LowRankMethod):
     """Low-rank adaptation of a dense layer.
 
     Parameters per target: ``lora_A`` ``(*batch, r, in)``, ``lora_B`` ``(*batch, out, r)``: ``r (in + out)``
-    numbers a matrix; with ``bias``, ``lora_bias`` ``(out,)``.
+    numbers a matrix; with ``bias``, ``lora_bias`` ``(out,)``. With a subtracted start (PiSSA, OLoRA, LoRA-GA) also
+    ``start_A`` and ``start_B`` of the same sizes, which are not trained: the change is ``s (B A - B_0 A_0)``, and the
+    base stays as it is.
 
     Attributes:
         r: The rank of the change.
@@ -41,7 +53,9 @@ class LoRA(LowRankMethod):
         scaling: ``"lora"`` for ``alpha / r``, ``"rslora"`` for ``alpha / sqrt(r)``, which keeps the size of the change
             from falling as ``r`` grows.
         dropout: Probability of dropping an entry of the input on the way to ``A``, in training.
-        init: ``"kaiming"`` (loralib, PEFT) or ``"gaussian"`` (the paper, diffusers); either way the change starts at 0.
+        init: ``"kaiming"`` (loralib, PEFT), ``"gaussian"`` (the paper, diffusers), ``"orthogonal"``; ``"pissa"``,
+            ``"pissa_niter_4"`` (fast), ``"olora"``; from data ``"eva"`` (see `lorakit.eva`) and ``"lora_ga"`` (see
+            `lorakit.lora_ga`). The change starts at zero with every one.
         bias: Train a bias along with ``B``: ``y += s lora_bias``.
         rank_pattern: Another rank for the targets whose path matches a key, as in PEFT: a key is a regular
             expression for the end of the path (``"down_proj"``, ``"layers.0.*q_proj"``) or, after ``^``, for
@@ -58,27 +72,33 @@ class LoRA(LowRankMethod):
     dropout: float = 0.0
     init: str = "kaiming"
     bias: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=FixedMapping)
+    alpha_pattern: Mapping[str, float] = field(default_factory=FixedMapping)
 
-    roles: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_bias": "bias"}
+    roles: ClassVar[Mapping[str, str]] = {
+        "lora_A": "A",
+        "lora_B": "B",
+        "start_A": "A",
+        "start_B": "B",
+        "lora_bias": "bias",
+    }
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rank_pattern", FixedMapping(self.rank_pattern))
+        object.__setattr__(self, "alpha_pattern", FixedMapping(self.alpha_pattern))
         for r in (self.r, *self.rank_pattern.values()):
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise ConfigError(f"The rank must be a whole number of at least 1; got r={r!r}.")
+            check_rank(r)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-                raise ConfigError(f"alpha must be a finite number; got {alpha!r}.")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is a probability in [0, 1); got {self.dropout!r}.")
-        for what, value, known in (("scaling", self.scaling, SCALINGS), ("init", self.init, INITS)):
-            if value not in known:
-                raise ConfigError(
-                    f"No {what} is called {value!r}.{near_matches(value, known)} Known: {sorted(known)}."
-                )
+            check_alpha(alpha)
+        check_dropout(self.dropout)
+        if self.scaling not in SCALINGS:
+            raise ConfigError(
+                f"No scaling is called {self.scaling!r}.{near_matches(self.scaling, SCALINGS)} Known: "
+                f"{sorted(SCALINGS)}."
+            )
+        init_called(self.init)
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """The factor on ``B A``."""
         return SCALINGS[self.scaling](self.alpha, self.r)
@@ -87,6 +107,16 @@ class LoRA(LowRankMethod):
     def input_dropout(self) -> float:
         """See ``dropout``."""
         return self.dropout
+
+    @cached_property
+    def subtracted(self) -> bool:
+        """Whether the change is measured from the start, which is then kept beside the factors."""
+        return init_called(self.init).subtracted
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """A subtracted start."""
+        return frozenset({"start_A", "start_B"} if self.subtracted else ())
 
     def for_path(self, path: str) -> LoRA:
         """This LoRA with the rank and alpha that the patterns give one target."""
@@ -101,37 +131,53 @@ class LoRA(LowRankMethod):
         return (*self.rank_pattern, *self.alpha_pattern)
 
     def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
-        """``lora_A`` and ``lora_B``; with ``bias`` also ``lora_bias``."""
-        sizes = {"lora_A": (*shape.batch, self.r, shape.in_), "lora_B": (*shape.batch, shape.out, self.r)}
+        """``lora_A`` and ``lora_B``; where it is subtracted also their start; with ``bias`` also ``lora_bias``."""
+        A, B = (*shape.batch, self.r, shape.in_), (*shape.batch, shape.out, self.r)
+        sizes: dict[str, tuple[int, ...]] = {"lora_A": A, "lora_B": B}
+        if self.subtracted:
+            sizes |= {"start_A": A, "start_B": B}
         if self.bias:
             sizes["lora_bias"] = (math.prod(shape.batch) * shape.out,)
         return sizes
 
-    def start(
-        self, target: Target, generator: torch.Generator | None, shared: Tensors
-    ) -> dict[str, Tensor]:
-        """Factors whose product is zero.
+    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
+        """Factors whose product is zero, or that are subtracted.
 
         Raises:
-            ConfigError: The rank exceeds what a matrix of this size can have.
+            ConfigError: The rank exceeds what a matrix of this size can have, or the init needs data or another rank.
         """
-        most = min(target.out, target.in_)
-        if self.r > most:
-            raise ConfigError(
-                f"r={self.r} is more than a {target.shape} matrix can have at {target.path!r}: its rank is "
-                f"at most {most}. "
-                f"Choose r <= {most}, give this target its own rank "
-                f"(rank_pattern={{{target.path!r}: {most}}}), or exclude it."
-            )
-        A, B = INITS[self.init](target, self.r, generator)
+        own_rank = f"rank_pattern={{{target.path!r}: {min(target.out, target.in_)}}}"
+        check_rank_fits(self.r, target, remedy=f"give this target its own rank ({own_rank}), ")
+        A, B = init_called(self.init).factors(target, self.r, self.scale, generator)
         tensors = {"lora_A": A, "lora_B": B}
+        if self.subtracted:
+            tensors |= {"start_A": A.clone(), "start_B": B.clone()}
         if self.bias:
             tensors["lora_bias"] = torch.zeros(self.shapes(target.shape)["lora_bias"])
         return tensors
 
     def factors(self, target: Target | Shape, p: Tensors) -> Factors:
-        """``A``, ``B`` and ``alpha / r`` or ``alpha / sqrt(r)``."""
-        return Factors(p["lora_A"], p["lora_B"], self.scale)
+        """``A``, ``B`` and ``alpha / r`` or ``alpha / sqrt(r)``; twice as many rows and columns for a subtracted start.
+
+        ``B A - B_0 A_0`` is written as ``[B - B_0, B_0] [A; A - A_0]``: nothing large cancels, and at the start the
+        product is exactly zero in every dtype.
+        """
+        A, B = p["lora_A"], p["lora_B"]
+        if self.subtracted:
+            A0, B0 = p["start_A"], p["start_B"]
+            A, B = joined(A, A - A0, -2), joined(B - B0, B0, -1)
+        return Factors(A, B, self.scale)
+
+    def plain(self, shape: Shape, tensors: Tensors) -> tuple[Method, Tensors]:
+        """A subtracted start as a LoRA of twice the rank, with the alpha that leaves the scale as it is."""
+        if not self.subtracted:
+            return self, tensors
+        A, B, _ = self.factors(shape, tensors)
+        per_alpha = SCALINGS[self.scaling]
+        alpha = self.alpha * (per_alpha(1.0, self.r) / per_alpha(1.0, 2 * self.r))
+        kept = {name: t for name, t in tensors.items() if name not in self.frozen}
+        lora = dataclasses.replace(self, r=2 * self.r, alpha=alpha, init="kaiming")
+        return lora, {**kept, "lora_A": A, "lora_B": B}
 
     def bias_delta(self, target: Target, p: Tensors) -> Tensor | None:
         """``s lora_bias``."""
@@ -142,16 +188,18 @@ class LoRA(LowRankMethod):
     ) -> Tensor:
         """The fused product, and the bias."""
         scale = self.scale * weight
-        y = target.add_low_rank(y, x, p["lora_A"], p["lora_B"], scale, self.dropout if training else 0.0)
+        # Read here in the usual case: one call less for every layer and token.
+        A, B = self.factors(target, p)[:2] if self.subtracted else (p["lora_A"], p["lora_B"])
+        y = target.add_low_rank(y, x, A, B, scale, self.dropout if training else 0.0)
         return target.scale_add_bias(y, p["lora_bias"], scale) if self.bias else y
 
     def supports(self, target: Target) -> str | None:
         """Dropout and bias need a layer whose call can be hooked."""
-        if target.binding == "parameter":
-            if self.dropout:
-                return "its layer reads the weight directly, so there is no input to drop: use dropout=0"
-            if self.bias:
-                return "it is a bare weight with no bias of its own: use bias=False"
+        reason = no_input_to_drop(target, self.dropout)
+        if reason is not None:
+            return reason
+        if self.bias and target.binding == "parameter":
+            return "it is a bare weight with no bias of its own: use bias=False"
         if self.bias and target.shape.kind not in ("linear", "conv"):
             return f"bias=True needs a linear or convolution layer, not an {target.shape.kind}"
         return None

@@ -48,9 +48,7 @@ class TokenRows(WeightMethod):
         """``rows``, ``(len(ids), width)``."""
         return {"rows": (len(self.ids), shape.out if shape.lookup else shape.in_)}
 
-    def start(
-        self, target: Target, generator: torch.Generator | None, shared: Tensors
-    ) -> dict[str, Tensor]:
+    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
         """The rows as they are in the base."""
         W = target.weight()
         return {"rows": (W.mT if target.shape.lookup else W)[self._index(W)].clone()}

@@ -3,15 +3,20 @@
 Importing this package imports no transformers; the functions that need it do so when called.
 """
 
+from lorakit.cache import cache_folder
 from lorakit.models.builtin import BUILTINS, Builtin, model_folder
-from lorakit.models.cache import cache_folder
+from lorakit.models.classifier import Classifier, head_of, labels_of, load_classifier
 from lorakit.models.load import Task, load_model, load_tokenizer
 from lorakit.models.resolve import ResolvedModel, resolve
 
 __all__ = [
     "load_model",
+    "load_classifier",
     "load_tokenizer",
     "resolve",
+    "Classifier",
+    "head_of",
+    "labels_of",
     "ResolvedModel",
     "Task",
     "model_folder",

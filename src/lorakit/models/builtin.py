@@ -19,8 +19,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from lorakit.cache import cache_folder
 from lorakit.errors import MissingDependencyError, ModelError, near_matches
-from lorakit.models.cache import building, cache_folder, exclusive, find_damage, remove_leftovers
+from lorakit.models.cache import building, exclusive, find_damage, remove_leftovers
 from lorakit.models.gguf_import import convert_gguf
 
 Fetch = Callable[["Builtin", Path], Path]

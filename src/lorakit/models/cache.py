@@ -1,4 +1,4 @@
-"""The user's cache of ready models: where it is, and how a folder enters it whole or not at all.
+"""The user's cache of ready models: how a folder enters it whole or not at all.
 
 A folder is built beside its final place and renamed when it is complete, so a killed process leaves a temporary
 folder and never half a model. What is complete is written down in a manifest (size and SHA-256 of every file) that
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,28 +21,6 @@ MANIFEST = "lorakit-manifest.json"
 
 # Files up to this size are hashed on every use (milliseconds); of larger ones the quick check compares the size.
 _QUICK_HASH_BYTES = 8 * 1024**2
-
-
-def cache_folder() -> Path:
-    """Where lorakit keeps what it can make again.
-
-    `$LORAKIT_CACHE`; else `$XDG_CACHE_HOME/lorakit`; else the system's habit: `~/Library/Caches/lorakit` on macOS,
-    `%LOCALAPPDATA%/lorakit/cache` on Windows, `~/.cache/lorakit` elsewhere. The folder is not created here.
-    """
-    if own := os.environ.get("LORAKIT_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "lorakit"
-    return _system_cache(sys.platform, os.environ, Path.home())
-
-
-def _system_cache(platform: str, environment: Mapping[str, str], home: Path) -> Path:
-    if platform == "darwin":
-        return home / "Library" / "Caches" / "lorakit"
-    if platform == "win32":
-        local = environment.get("LOCALAPPDATA")
-        return (Path(local) if local else home / "AppData" / "Local") / "lorakit" / "cache"
-    return home / ".cache" / "lorakit"
 
 
 def sha256(path: Path) -> str:

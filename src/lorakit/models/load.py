@@ -60,12 +60,36 @@ def load_model(
         )
     if num_labels is not None and num_labels < 1:
         raise ConfigError(f"num_labels must be at least 1, not {num_labels}.")
+    resolved = resolved_name(name, revision)
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    model, _ = read_model(resolved, task, dtype, device, revision, options)
+    return model
+
+
+def read_model(
+    resolved: ResolvedModel,
+    task: Task,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    revision: str | None,
+    options: dict[str, Any],
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model in ``eval()`` mode, and the names of its parameters that the checkpoint does not hold as they are needed.
+
+    Args:
+        resolved: Where it is.
+        task: What the model is for.
+        dtype: As for `load_model`.
+        device: As for `load_model`.
+        revision: As for `load_model`.
+        options: What else transformers is told.
+
+    Raises:
+        ModelError: It cannot be read, or lacks weights that are not new by nature.
+    """
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     transformers = _transformers()
-    resolved = _resolved(name, revision)
-    options: dict[str, Any] = {"dtype": _dtype(dtype, where), **_origin(resolved, revision)}
-    if num_labels is not None:
-        options["num_labels"] = num_labels
+    options = {"dtype": _dtype(dtype, where), **origin(resolved, revision), **options}
     auto_class = getattr(transformers, _AUTO_CLASS[task])
     try:
         model, info = auto_class.from_pretrained(resolved.location, output_loading_info=True, **options)
@@ -77,10 +101,11 @@ def load_model(
             "Name the base model here and load the adapter onto it."
         )
     _refuse_missing_weights(model, set(info["missing_keys"]), task, resolved)
+    fresh = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
     if task == "sequence-classification" and model.config.pad_token_id is None:
         # Decoders classify at the last token that is no padding, so they must know the padding.
         model.config.pad_token_id = load_tokenizer(resolved, revision=revision).pad_token_id
-    return model.to(where)
+    return model.to(where), fresh
 
 
 def load_tokenizer(
@@ -101,10 +126,10 @@ def load_tokenizer(
         MissingDependencyError: transformers is not installed.
     """
     transformers = _transformers()
-    resolved = _resolved(name, revision)
+    resolved = resolved_name(name, revision)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            resolved.location, **_origin(resolved, revision)
+            resolved.location, **origin(resolved, revision)
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(_unreadable(resolved, "a tokenizer", error)) from error
@@ -135,7 +160,12 @@ def _transformers() -> Any:
     return transformers
 
 
-def _resolved(name: str | Path | ResolvedModel, revision: str | None) -> ResolvedModel:
+def resolved_name(name: str | Path | ResolvedModel, revision: str | None) -> ResolvedModel:
+    """Where a model is, once it is clear that the revision means something there.
+
+    Raises:
+        ConfigError: A revision of a local folder.
+    """
     resolved = name if isinstance(name, ResolvedModel) else resolve(name)
     if revision is not None and resolved.kind != "hub":
         raise ConfigError(
@@ -144,7 +174,7 @@ def _resolved(name: str | Path | ResolvedModel, revision: str | None) -> Resolve
     return resolved
 
 
-def _origin(resolved: ResolvedModel, revision: str | None) -> dict[str, Any]:
+def origin(resolved: ResolvedModel, revision: str | None) -> dict[str, Any]:
     """Folders never touch the network; a hub id may name a revision."""
     if resolved.kind != "hub":
         return {"local_files_only": True}

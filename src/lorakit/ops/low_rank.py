@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from lorakit.ops.native import load as native
 
 # Looked up once: they are asked in every call of every layer.
 _in_torch_func = torch._C._are_functorch_transforms_active
@@ -47,27 +49,32 @@ def add_low_rank(
         scale: The scaling times the weight of the adapter in a mix.
         dropout: Probability of dropping an entry of ``x`` on this path; 0 outside training.
     """
+    # A compiler of graphs cannot look into the compiled product. What else it does not take it declines itself.
+    if not dropout and not is_dynamo_compiling() and native.product is not None:
+        added = native.product(y, x, A, B, scale)
+        if added is not None:
+            return added
     if transformed():
         h = F.linear(F.dropout(x, dropout) if dropout else x, A.to(x.dtype)).to(y.dtype)
         return torch.add(y, F.linear(h, B.to(y.dtype)), alpha=scale)
     one_dtype = x.dtype == A.dtype == B.dtype == y.dtype
-    if one_dtype and not dropout and y.numel() <= _FEW and y.is_contiguous():
+    if one_dtype and not dropout and y.numel() <= _FEW and _is_flat(y):
         h = F.linear(x, A)
         if x.dim() == 2 and not torch.is_grad_enabled():  # one call less for a token of a decoder
             return y.addmm_(h, B.t(), alpha=scale)
         return y.add_(F.linear(h, B), alpha=scale)
     fewer_rows_than_rank = x.numel() < A.numel()
-    if fewer_rows_than_rank and x.itemsize < A.itemsize and not dropout and y.is_contiguous():
+    if fewer_rows_than_rank and x.itemsize < A.itemsize and not dropout and _is_flat(y):
         # Then it is the rows that are cheaper to cast, and to keep. The result is rounded once.
         return y.add_(F.linear(F.linear(x.to(A.dtype), A), B.to(A.dtype)), alpha=scale)
-    if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or A.requires_grad or B.requires_grad):
+    if A.requires_grad and torch.is_grad_enabled():  # with A frozen the operations below keep x Aᵀ and not x
         return _AddLowRank.apply(y, x, A, B, scale, dropout)
     dtype = y.dtype
     if not one_dtype:
         x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     rows = x.reshape(-1, x.shape[-1])
     if dropout:
-        rows = _drop(rows, _mask(rows, _draw_seed(), dropout))
+        rows = _Dropout.apply(rows, dropout, _draw_seed())
     return _add_product_to(y, F.linear(rows, A), B, scale)
 
 
@@ -85,6 +92,19 @@ def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     return _add_product_to(y, h.reshape(-1, h.shape[-1]).to(y.dtype), B.to(y.dtype), scale)
 
 
+def joined(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """Two tensors in one, laid out in memory as the first is.
+
+    Args:
+        first: ``(*batch, m, n)``; a transposed view of a contiguous tensor stays one.
+        second: The same size, but along ``dim``.
+        dim: -1 or -2.
+    """
+    if first.is_contiguous() or not first.mT.is_contiguous():
+        return torch.cat([first, second], dim)
+    return torch.cat([first.mT, second.mT], -3 - dim).mT
+
+
 def transformed() -> bool:
     """Whether the call is traced or transformed: then plain functional operations are wanted.
 
@@ -99,10 +119,24 @@ def transformed() -> bool:
 
 def _add_product_to(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     """``y += scale * h Bᵀ`` for two-dimensional ``h``; a new tensor where ``y`` has no flat view."""
-    if y.is_contiguous():
+    if _is_flat(y):
         y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=scale)
         return y
     return y.add(torch.mm(h, B.t()).view(y.shape), alpha=scale)
+
+
+def _is_flat(y: Tensor) -> bool:
+    """Whether ``y`` can be seen as rows at equal distances in memory: a whole tensor, or some of its last dimension."""
+    if y.is_contiguous():
+        return True
+    if y.dim() < 2 or y.stride(-1) != 1 or y.stride(-2) < y.shape[-1]:
+        return False
+    step = y.stride(-2) * y.shape[-2]
+    for size, stride in zip(y.shape[-3::-1], y.stride()[-3::-1], strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _draw_seed() -> int:
@@ -122,6 +156,20 @@ def _mask(rows: Tensor, seed: int, dropout: float) -> Tensor:
 
 def _drop(rows: Tensor, mask: Tensor) -> Tensor:
     return rows * mask
+
+
+class _Dropout(torch.autograd.Function):
+    """Dropout that keeps the seed of its mask for the backward pass, and not the mask."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, dropout: float, seed: int) -> Tensor:
+        ctx.dropout, ctx.seed = dropout, seed
+        return _drop(rows, _mask(rows, seed, dropout))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        return _Dropout.apply(grad, ctx.dropout, ctx.seed), None, None
 
 
 class _AddLowRank(torch.autograd.Function):

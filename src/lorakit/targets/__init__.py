@@ -7,6 +7,7 @@ from lorakit.targets.find import find
 from lorakit.targets.linear import LinearTarget, TransposedLinearTarget
 from lorakit.targets.parameter import ParameterTarget
 from lorakit.targets.recognise import candidates
+from lorakit.targets.slices import SliceTarget
 
 __all__ = [
     "ConvTarget",
@@ -14,6 +15,7 @@ __all__ = [
     "EmbeddingTarget",
     "LinearTarget",
     "ParameterTarget",
+    "SliceTarget",
     "TransposedLinearTarget",
     "candidates",
     "find",

@@ -23,6 +23,12 @@ class EmbeddingTarget(Target):
         self.shape = Shape("embedding", out=int(module.embedding_dim), in_=int(module.num_embeddings))  # type: ignore[arg-type]
         self.gain = gain
 
+    @property
+    def padding(self) -> int | None:
+        """The layer's ``padding_idx``."""
+        padding = self.module.padding_idx
+        return None if padding is None else int(padding)  # type: ignore[arg-type]
+
     def to_matrix(self, stored: Tensor) -> Tensor:
         """Transposed, as a view."""
         return stored.mT
@@ -33,20 +39,16 @@ class EmbeddingTarget(Target):
 
     def apply(self, x: Tensor, W: Tensor) -> Tensor:
         """The looked-up columns of ``W``."""
-        rows = F.embedding(x, W.mT, padding_idx=self._padding())
+        rows = F.embedding(x, W.mT, padding_idx=self.padding)
         return rows if self.gain == 1 else rows * self.gain
 
     def add_low_rank(
         self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
     ) -> Tensor:
         """Look up columns of ``A``, multiply by ``B`` into ``y``. An index has nothing to drop."""
-        h = F.embedding(x, A.mT, padding_idx=self._padding())
+        h = F.embedding(x, A.mT, padding_idx=self.padding)
         return add_product(y, h.to(y.dtype), B, scale * self.gain)
 
     def arrange(self, role: str, tensor: Tensor) -> Tensor:
         """Keep ``A`` as ``(vocabulary, r)`` in memory: a lookup then reads neighbouring numbers (4x faster)."""
-        return tensor.mT.contiguous().mT if role == "A" else tensor
-
-    def _padding(self) -> int | None:
-        padding = self.module.padding_idx
-        return None if padding is None else int(padding)  # type: ignore[arg-type]
+        return tensor.mT.contiguous().mT if role == "A" and tensor.dim() == 2 else tensor

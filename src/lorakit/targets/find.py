@@ -6,25 +6,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
 from lorakit.core.selection import (
     PRESETS,
+    Adapts,
     Selector,
     ends_with,
     entry_matches,
     fullmatch,
+    split_part,
     unmatched,
     unmatched_expression,
 )
 from lorakit.core.target import Target
 from lorakit.core.walk import base_modules, join
 from lorakit.errors import UnmatchedTargetError, UnsupportedTargetError, listing
+from lorakit.targets.blocks import chosen_blocks
+from lorakit.targets.layer_names import is_key_value_or_feedforward
+from lorakit.targets.named_slices import Named, slices_named
+from lorakit.targets.places import PLACES, check_preset, chosen_places
+from lorakit.targets.quantized import quantized_storage
 from lorakit.targets.recognise import candidates, parameter_target
-
-Adapts = Literal["layer", "parameter"]
 
 
 class _Refused(NamedTuple):
@@ -49,12 +54,17 @@ def find(
 
     Args:
         model: Any module.
-        targets: A preset (``"all-linear"``: every linear layer of the base model, heads left out; ``"all-parameters"``;
-            ``"all-bias"``), a regular expression for whole paths, a list whose entries are paths or endings of paths
-            (of layers or of parameters), or a callable ``(path, module) -> bool``.
+        targets: A preset (``"all-linear"``: every linear layer of the base model, heads left out; ``"all-conv"``: every
+            convolution of it; ``"all-keys-values-feedforward"``: in a known architecture, the layers that make
+            attention keys and values and those out of the feed-forward block; ``"all-parameters"``; ``"all-bias"``),
+            a regular expression for whole paths, a list whose entries are paths or endings of paths (of layers or of
+            parameters; of slices too, as in ``"c_attn[q]"`` or ``"qkv[0:64]"``), or a callable
+            ``(path, module) -> bool``.
         exclude: What to leave out, in the same form; it must match something that ``targets`` chose.
         adapts: ``"layer"`` to take layers as matrices; ``"parameter"`` to take every parameter of what is named, as
-            full fine-tuning does.
+            full fine-tuning does; ``"module"`` to take linear layers and blocks, as bottleneck adapters do
+            (``"all-block-outputs"``, ``"all-ffn-outputs"``, ``"all-ffn"``); ``"attention"`` and ``"model"`` to take
+            attentions, or the model's input, as prefix and prompt tuning do (``"all-attention"``, ``"all-inputs"``).
 
     Raises:
         UnmatchedTargetError: Nothing, or one entry of a list, matched nothing.
@@ -66,7 +76,7 @@ def find(
     if exclude is not None:
         chosen = without_excluded(chosen, exclude)
     places = {path: place for place, path in enumerate(_places(model))}
-    return [_accepted(chosen[path]) for path in sorted(chosen, key=places.__getitem__)]
+    return [_accepted(chosen[path]) for path in sorted(chosen, key=lambda path: _place(path, places))]
 
 
 def without_excluded(chosen: dict[str, Choice], exclude: Selector) -> dict[str, Choice]:
@@ -89,7 +99,13 @@ def _select(model: nn.Module, targets: Selector, adapts: Adapts) -> Iterator[Tar
         for entry in targets:
             if not isinstance(entry, str):
                 raise UnmatchedTargetError(f"targets must be strings; got {entry!r}.")
-    if isinstance(targets, str) and targets in PRESETS:
+    check_preset(targets, adapts)
+    if adapts == "module":
+        yield from (_checked(Named(*chosen)) for chosen in chosen_blocks(model, targets))
+    elif adapts in PLACES:
+        for path, place in chosen_places(model, targets, adapts):
+            yield _sound(model, path, place)
+    elif isinstance(targets, str) and targets in PRESETS:
         yield from _preset(model, targets, adapts)
     elif adapts == "parameter":
         yield from _select_parameters(model, targets)
@@ -123,12 +139,16 @@ def _select_entries(model: nn.Module, entries: Selector) -> Iterator[Target | _R
         for path in parameters:
             yield _sound(model, path, layers[path]) if path in layers else _parameter(model, path)
         if not matched and not parameters:
-            raise unmatched(entry, [*layers, *_bare_parameters(model, layers)])
+            known = [*layers, *_bare_parameters(model, layers)]
+            slices = slices_named(model, entry, known, "layer")
+            if not slices:
+                raise unmatched(entry, known)
+            yield from map(_checked, slices)
 
 
 def _select_parameters(model: nn.Module, targets: Selector) -> Iterator[Target | _Refused]:
     """Every parameter of what is named: a module stands for all that is in it."""
-    parameters = [path for path, _ in _parameters(model)]
+    parameters = _weights(model)
     modules = [path for path, _ in base_modules(model)]
     if callable(targets):
         owners = dict(base_modules(model))
@@ -146,6 +166,10 @@ def _select_parameters(model: nn.Module, targets: Selector) -> Iterator[Target |
             else entry_matches(entry, parameters + modules)
         )
         found = [p for p in parameters if any(p == n or p.startswith(n + ".") for n in named)]
+        slices = [] if found or isinstance(targets, str) else slices_named(model, entry, (), "parameter")
+        if slices:
+            yield from map(_checked, slices)
+            continue
         if not found:
             raise (
                 unmatched_expression(entry, parameters + modules)
@@ -172,23 +196,28 @@ def _select_by_callable(
 
 
 def _preset(model: nn.Module, preset: str, adapts: Adapts) -> Iterator[Target | _Refused]:
-    if preset == "all-linear":
+    if preset in ("all-linear", "all-conv", "all-keys-values-feedforward"):
         if adapts == "parameter":
             raise UnmatchedTargetError(
-                "'all-linear' chooses layers; for whole parameters use 'all-parameters' or names."
+                f"{preset!r} chooses layers; for whole parameters use 'all-parameters' or names."
             )
+        chosen, what = {
+            "all-linear": (_is_linear, "linear layer"),
+            "all-conv": (_is_convolution, "convolution"),
+            "all-keys-values-feedforward": (is_key_value_or_feedforward, "such layer"),
+        }[preset]
         found = 0
         for path, target in candidates(model).items():
-            if _is_linear(target, model, path) and not _in_head(model, path):
+            if chosen(target, model, path) and not _in_head(model, path):
                 found += 1
                 yield _sound(model, path, target)
         if not found:
             raise UnmatchedTargetError(
-                f"'all-linear' found no linear layer in {type(model).__name__}; name the targets instead "
+                f"{preset!r} found no {what} in {type(model).__name__}; name the targets instead "
                 f"(it has: {listing(_endings(candidates(model))) or 'no layer that can be adapted'})."
             )
         return
-    paths = [path for path, _ in _parameters(model)]
+    paths = _weights(model)
     if preset == "all-bias":
         paths = [path for path in paths if path.endswith("bias")]
     if not paths:
@@ -200,6 +229,13 @@ def _is_linear(target: Target | str, model: nn.Module, path: str) -> bool:
     if isinstance(target, str):
         return isinstance(model.get_submodule(path), nn.Linear)
     return target.shape.kind == "linear" or isinstance(target.module, nn.MultiheadAttention)
+
+
+def _is_convolution(target: Target | str, model: nn.Module, path: str) -> bool:
+    """A convolution forwards: a transposed one has no kernel of output rows, and is no choice of a preset."""
+    if isinstance(target, str):
+        return isinstance(model.get_submodule(path), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return target.shape.kind == "conv"
 
 
 def _in_head(model: nn.Module, path: str) -> bool:
@@ -227,7 +263,7 @@ def _excluded(exclude: Selector, chosen: Mapping[str, Target | _Refused]) -> set
         return matched
     dropped: set[str] = set()
     for entry in exclude:
-        matched = set(entry_matches(entry, chosen)) | {p for p in chosen if f".{entry}." in f".{p}."}
+        matched = {p for p in chosen if ends_with(p, entry) or f".{entry}." in f".{split_part(p)[0]}."}
         if not matched:
             raise unmatched(entry, list(chosen), what="exclude entry")
         dropped |= matched
@@ -236,6 +272,10 @@ def _excluded(exclude: Selector, chosen: Mapping[str, Target | _Refused]) -> set
 
 def _sound(model: nn.Module, path: str, target: Target | str) -> Target | _Refused:
     return _Refused(path, model.get_submodule(path), target) if isinstance(target, str) else target
+
+
+def _checked(named: Named) -> Target | _Refused:
+    return _Refused(*named) if isinstance(named.target, str) else named.target  # type: ignore[arg-type]
 
 
 def _accepted(target: Target | _Refused) -> Target:
@@ -258,10 +298,14 @@ def _not_a_layer(path: str, module: nn.Module, layers: dict[str, Target | str]) 
     )
 
 
-def _parameter(model: nn.Module, path: str) -> Target:
+def _parameter(model: nn.Module, path: str) -> Target | _Refused:
     target = parameter_target(model, path)
-    assert target is not None
-    return target
+    if target is not None and target.stored.is_floating_point():
+        return target
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return _Refused(
+        path, owner, "it is quantised, so there is no whole weight to train (see lorakit.dequantize)"
+    )
 
 
 def _bare_parameters(model: nn.Module, layers: dict[str, Target | str]) -> list[str]:
@@ -280,11 +324,24 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield join(path, name), parameter
 
 
+def _weights(model: nn.Module) -> list[str]:
+    """The paths of all parameters, and of the weights that are kept in another form."""
+    hidden = [join(path, "weight") for path, m in base_modules(model) if quantized_storage(m) is not None]
+    return [*(path for path, _ in _parameters(model)), *hidden]
+
+
 def _places(model: nn.Module) -> Iterator[str]:
     """The paths of all modules and parameters, in the order of the model's modules."""
     for path, module in base_modules(model):
         yield path
+        if quantized_storage(module) is not None:
+            yield join(path, "weight")
         yield from (join(path, name) for name in module._parameters)
+
+
+def _place(path: str, places: Mapping[str, int]) -> int:
+    """Where a target comes in the order of the model's modules; slices of one layer in the order of the choice."""
+    return places[path if path in places else split_part(path)[0]]
 
 
 def _endings(paths: Iterable[str]) -> list[str]:

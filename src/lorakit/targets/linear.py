@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.target import Binding, Shape, Storage, Target
-from lorakit.ops import add_low_rank
+from lorakit.ops import add_low_rank, kronecker_linear
 
 
 class LinearTarget(Target):
@@ -35,11 +36,17 @@ class LinearTarget(Target):
         """``x Wᵀ``."""
         return F.linear(x, W)
 
-    def add_low_rank(
-        self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
-    ) -> Tensor:
-        """The fused product, in the memory of ``y``."""
-        return add_low_rank(y, x, A, B, scale, dropout)
+    def weight_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """``Gᵀ x`` over all vectors."""
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        return gradient.reshape(-1, gradient.shape[-1]).to(wide).mT @ x.reshape(-1, self.in_).to(wide)
+
+    def apply_kronecker(self, x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
+        """Two small products."""
+        return kronecker_linear(x, W1, W2)
+
+    # The fused product itself, in the memory of ``y``: one call less for every layer and token.
+    add_low_rank = staticmethod(add_low_rank)
 
     def arrange(self, role: str, tensor: Tensor) -> Tensor:
         """Keep ``B`` as ``(r, out)`` in memory: its product with one token then runs along rows (twice as fast)."""

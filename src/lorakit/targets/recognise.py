@@ -7,11 +7,13 @@ from torch import nn
 
 from lorakit.core.target import Storage, Target, stock_class
 from lorakit.core.walk import base_modules, join, module_at
+from lorakit.targets.bitsandbytes_weights import bitsandbytes_layer, bitsandbytes_storage
 from lorakit.targets.convolution import ConvTarget
 from lorakit.targets.dense import DenseStorage
 from lorakit.targets.embedding import EmbeddingTarget
 from lorakit.targets.linear import LinearTarget, TransposedLinearTarget
 from lorakit.targets.parameter import ParameterTarget
+from lorakit.targets.quantized import dense_class, quantized_storage
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -78,12 +80,12 @@ def _attention_output(path: str, attention: nn.MultiheadAttention) -> Target:
 
 def _layer_target(path: str, module: nn.Module) -> Target | str | None:
     """A target for a layer of a known kind, the reason when it cannot be one, None for any other module."""
-    stock = stock_class(module)
+    stock = dense_class(stock_class(module))
     if isinstance(module, nn.Linear):
         storage = _storage(module)
         if isinstance(storage, str):
             return storage
-        hooked = stock.forward is nn.Linear.forward
+        hooked = stock.forward is nn.Linear.forward or bitsandbytes_layer(stock)
         return LinearTarget(path, module, storage, binding="forward" if hooked else "parameter")
     if isinstance(module, nn.Embedding):
         return _embedding_target(path, module, stock)
@@ -126,6 +128,12 @@ def _embedding_target(path: str, module: nn.Embedding, stock: type[nn.Module]) -
 
 
 def _storage(module: nn.Module) -> Storage | str:
+    quantized = quantized_storage(module)
+    if quantized is not None:
+        return quantized
+    foreign = bitsandbytes_storage(module)
+    if foreign is not None:
+        return foreign
     weight = module._parameters.get("weight")
     if weight is None:
         if "weight" in getattr(module, "parametrizations", {}):
