@@ -1,5 +1,32 @@
-"""Adapters as data: what can be said of one with no model in memory."""
+"""Adapters as data: what can be said of one, and made of several, with no model in memory."""
 
+from lorakit.adapters.checkpoints import Extracted, from_checkpoints
+from lorakit.adapters.combine import WAYS, combine, negated, scaled
+from lorakit.adapters.compare import Comparison, Likeness, compare, orthogonalised
+from lorakit.adapters.fit import Fitted, Residual, energy_rank
+from lorakit.adapters.resize import resize
+from lorakit.adapters.search import Searched, search_weights
 from lorakit.adapters.spectrum import Spectrum, spectrum
+from lorakit.adapters.truncate import truncate
 
-__all__ = ["Spectrum", "spectrum"]
+__all__ = [
+    "WAYS",
+    "Comparison",
+    "Extracted",
+    "Fitted",
+    "Likeness",
+    "Residual",
+    "Searched",
+    "Spectrum",
+    "combine",
+    "compare",
+    "energy_rank",
+    "from_checkpoints",
+    "negated",
+    "orthogonalised",
+    "resize",
+    "scaled",
+    "search_weights",
+    "spectrum",
+    "truncate",
+]

@@ -67,6 +67,8 @@ def spectrum(state: AdapterState, path: str) -> Spectrum | None:
         return None
     tensors = {name: tensor.double() for name, tensor in state.parameters(path).items()}
     A, B, scale = method.factors(state.spec.shapes[path], tensors)
+    if not A.shape[-2]:  # a target that AdaLoRA has pruned away
+        return Spectrum(A.new_zeros(*A.shape[:-2], 1))
     small = torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT
     if not torch.isfinite(small).all():
         return None

@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +20,12 @@ from lorakit.io.embedded import Embedded, parse_embedded
 from lorakit.io.native import PEFT_TYPE, read_native, to_native
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import changes
+from lorakit.io.peft_families import FAMILIES
+from lorakit.io.peft_families.reader import read_family
+from lorakit.io.peft_prompts import PROMPTS, read_prompts
 from lorakit.io.peft_reader import read_peft
-from lorakit.io.peft_writer import to_peft
+from lorakit.io.peft_start import with_start
+from lorakit.io.peft_writer import PeftForm, to_peft
 from lorakit.io.publish import interrupted, publish
 from lorakit.io.safetensors_file import encode, load_tensors
 
@@ -40,6 +44,7 @@ def read(
     ignore: Collection[str] = (),
     prefer: Literal["config", "weights"] | None = None,
     outline: Outline | None = None,
+    initial: str | os.PathLike[str] | None = None,
 ) -> AdapterState:
     """Read an adapter, PEFT's or our own: strictly, without a model, and from the disk alone.
 
@@ -52,6 +57,8 @@ def read(
         prefer: When ``adapter_config.json`` was changed after we saved the weights: believe the ``"config"``
             file, or the copy in the ``"weights"``. By default that is an error.
         outline: The model's parameters, for what PEFT's files leave to the model.
+        initial: For a PiSSA, OLoRA, CorDA or LoRA-GA adapter that PEFT saved without converting it: the directory of
+            the same adapter as it was saved before training. The result is for the stock base.
 
     Returns:
         The adapter, on the CPU, in the dtypes of the file.
@@ -64,8 +71,29 @@ def read(
     try:
         tensors, embedded, config = _consistent(directory, weights, prefer)
         if config.get("peft_type") == PEFT_TYPE:
+            if initial is not None:
+                raise AdapterFileError("It is in lorakit's own form, which holds its start: pass no initial.")
             return read_native(config, tensors)
-        state = read_peft(config, tensors, embedded=embedded, outline=outline, ignore=ignore)
+        if config.get("peft_type") in PROMPTS:
+            if initial is not None:
+                raise AdapterFileError("A prefix or prompt takes no start from the base: no initial.")
+            state = read_prompts(config, tensors, embedded=embedded, outline=outline, ignore=ignore)
+            return state if embedded is None else _with_info(state, embedded, config)
+        family = FAMILIES.get(config.get("peft_type", ""))
+        if family is not None:
+            if initial is not None:
+                raise AdapterFileError(
+                    f"An adapter of type {family.peft_type} takes no start from the base: no initial."
+                )
+            state = read_family(family, config, tensors, embedded=embedded, outline=outline, ignore=ignore)
+            return state if embedded is None else _with_info(state, embedded, config)
+        known = initial is not None
+        state = read_peft(
+            config, tensors, embedded=embedded, outline=outline, ignore=ignore, start_known=known
+        )
+        if initial is not None:
+            before = _initial(Path(initial), allow_pickle, ignore, outline)
+            state = with_start(state, before, config.get("init_lora_weights"))
     except AdapterFileError as error:
         if str(weights) in str(error) or str(directory) in str(error):
             raise
@@ -73,7 +101,25 @@ def read(
     return state if embedded is None else _with_info(state, embedded, config)
 
 
-def write(state: AdapterState, directory: str | os.PathLike[str], *, outline: Outline | None = None) -> Path:
+def _initial(
+    path: Path, allow_pickle: bool, ignore: Collection[str], outline: Outline | None
+) -> AdapterState:
+    """PEFT's adapter as it was before training."""
+    directory, weights = _locate(path, None, allow_pickle)
+    tensors, embedded, config = _consistent(directory, weights, None)
+    return read_peft(config, tensors, embedded=embedded, outline=outline, ignore=ignore, start_known=True)
+
+
+Form = Literal["auto", "native"]
+
+
+def write(
+    state: AdapterState,
+    directory: str | os.PathLike[str],
+    *,
+    outline: Outline | None = None,
+    form: Form = "auto",
+) -> Path:
     """Write an adapter to a directory: in PEFT's form where PEFT has words for it, else in our own.
 
     Either the whole new adapter is there afterwards or the old one still is, whatever happens in between;
@@ -83,6 +129,8 @@ def write(state: AdapterState, directory: str | os.PathLike[str], *, outline: Ou
         state: The adapter.
         directory: Made if it does not exist.
         outline: The model's parameters, for what PEFT's files leave to the model.
+        form: ``"auto"``, or ``"native"`` for our own form in any case: it keeps the start of PiSSA, OLoRA and LoRA-GA,
+            from which training goes on. PEFT's files hold the same change as a LoRA of twice the rank.
 
     Returns:
         The directory.
@@ -91,13 +139,19 @@ def write(state: AdapterState, directory: str | os.PathLike[str], *, outline: Ou
         AdapterFileError: It could not be written.
     """
     directory = Path(directory)
-    form = to_peft(state, outline)
-    if form.reasons:
-        config, tensors = to_native(state, form.reasons)
+    if form not in get_args(Form):
+        raise AdapterFileError(f"form is 'auto' or 'native'; got {form!r}.")
+    peft = (
+        PeftForm(reasons=["lorakit's own form was asked for"])
+        if form == "native"
+        else to_peft(state, outline)
+    )
+    if peft.reasons:
+        config, tensors = to_native(state, peft.reasons)
         embedded = Embedded(config)
     else:
-        config, tensors = form.config, form.tensors
-        embedded = Embedded(config, state.spec.info, form.parameters, form.tables)
+        config, tensors = peft.config, peft.tensors
+        embedded = Embedded(config, state.spec.info, peft.parameters, peft.tables, peft.shapes)
     try:
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -24,12 +24,14 @@ class Embedded:
         parameters: Module path to its adapted bare parameters ``[name, stored size, kept as (in, out)]``, innermost
             first: PEFT's keys number them and its configuration does not give their sizes.
         tables: For token rows, path to ``[kind, out, in]`` of the table.
+        shapes: For PEFT's types beside LoRA, target path to ``[kind, out, in, kernel]``: the tensors do not say it all.
     """
 
     config: Mapping[str, Any]
     info: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
         """As the metadata of a ``.safetensors`` file."""

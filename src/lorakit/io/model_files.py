@@ -17,12 +17,18 @@ from lorakit.attach.report import AttachReport
 from lorakit.core.adapter import AdapterState
 from lorakit.core.walk import uncompiled
 from lorakit.errors import AdapterNameError, listing
-from lorakit.io.adapter_directory import read, write
+from lorakit.io.adapter_directory import Form, read, write
 from lorakit.io.model_outline import outline_of
 from lorakit.targets.recognise import parameter_target
 
 
-def save(model: nn.Module | AdapterState, directory: str | PathLike[str], *, name: str | None = None) -> Path:
+def save(
+    model: nn.Module | AdapterState,
+    directory: str | PathLike[str],
+    *,
+    name: str | None = None,
+    form: Form = "auto",
+) -> Path:
     """Write an adapter to a directory, in the files that PEFT reads wherever PEFT has the method.
 
     The write is atomic: a full disk or a kill leaves the adapter that was there before.
@@ -31,6 +37,8 @@ def save(model: nn.Module | AdapterState, directory: str | PathLike[str], *, nam
         model: A model with adapters, or an `AdapterState`.
         directory: Made if it does not exist.
         name: Which adapter of a model; may be left out when it has just one. A state is one adapter, and has no name.
+        form: ``"auto"`` for PEFT's files where PEFT has the method; ``"native"`` for lorakit's own, which keep what
+            only further training needs: the start of PiSSA, OLoRA and LoRA-GA.
 
     Returns:
         The directory.
@@ -40,7 +48,7 @@ def save(model: nn.Module | AdapterState, directory: str | PathLike[str], *, nam
         NotAttachedError: The model carries no adapters.
     """
     if isinstance(model, AdapterState):
-        return write(model, directory)
+        return write(model, directory, form=form)
     names = list(attachments_of(model).adapters)
     if name is None:
         if len(names) > 1:
@@ -48,7 +56,7 @@ def save(model: nn.Module | AdapterState, directory: str | PathLike[str], *, nam
                 f"This model carries several adapters: {listing(names)}. Say which: save(..., name=...)."
             )
         name = names[0]
-    return write(state_of(model, name, copy=False), directory, outline=outline_of(root_of(model)))
+    return write(state_of(model, name, copy=False), directory, outline=outline_of(root_of(model)), form=form)
 
 
 def load(
@@ -63,6 +71,7 @@ def load(
     allow_pickle: bool = False,
     ignore: Collection[str] = (),
     prefer: Literal["config", "weights"] | None = None,
+    initial: str | PathLike[str] | None = None,
 ) -> AttachReport:
     """Read an adapter, PEFT's or our own, and attach it: for inference, unless ``trainable``.
 
@@ -81,6 +90,7 @@ def load(
         allow_pickle: Also read a legacy ``.bin`` file (with ``weights_only``).
         ignore: See `lorakit.read`.
         prefer: See `lorakit.read`.
+        initial: See `lorakit.read`.
 
     Raises:
         AdapterFileError: The file is missing, damaged, or holds something that cannot be honoured.
@@ -95,6 +105,7 @@ def load(
         ignore=ignore,
         prefer=prefer,
         outline=outline_of(model),
+        initial=initial,
     )
     state = _without_repeated_tables(model, state)
     return attach(model, state, name=name, trainable=trainable, freeze=freeze, dtype=dtype)

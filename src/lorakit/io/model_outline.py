@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
+from lorakit.core.target import stock_class
 from lorakit.core.walk import base_modules, join
-from lorakit.io.outline import Outline
+from lorakit.io.outline import Outline, Transformer
+from lorakit.targets.attention import AttentionTarget, attentions
+from lorakit.targets.model import ModelTarget, inputs
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 def outline_of(model: nn.Module) -> Outline:
@@ -15,7 +26,7 @@ def outline_of(model: nn.Module) -> Outline:
         model: With or without adapters.
     """
     sizes: dict[str, tuple[int, ...]] = {}
-    transposed, embeddings = set(), set()
+    transposed, embeddings, transposed_layers = set(), set(), set()
     for path, module in base_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -24,4 +35,22 @@ def outline_of(model: nn.Module) -> Outline:
             transposed.add(path)
         if isinstance(module, nn.Embedding):
             embeddings.add(path)
-    return Outline(sizes, frozenset(transposed), frozenset(embeddings))
+        if stock_class(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            transposed_layers.add(path)
+    return Outline(
+        sizes, frozenset(transposed), frozenset(embeddings), frozenset(transposed_layers), _transformer(model)
+    )
+
+
+def _transformer(model: nn.Module) -> Transformer | None:
+    """The facts of a model that reads tokens, or None of any other."""
+    target = inputs(model).get("")
+    if not isinstance(target, ModelTarget):
+        return None
+    name = stock_class(model).__name__
+    task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    if task is None and target.module is model:
+        task = "FEATURE_EXTRACTION"
+    found = attentions(model)
+    sound = {path: (t.shape.out, t.heads) for path, t in found.items() if isinstance(t, AttentionTarget)}
+    return Transformer(sound, task, target.pools_first)

@@ -4,7 +4,7 @@
 a section ``lorakit``: ``format`` (1), ``methods`` (each once), ``targets`` (path, index of the method,
 shape), ``info``,
 and ``why_not_peft``. Tensors stand under ``path|name`` in the matrix layout of `AdapterState`; those that all targets
-share under ``|name``.
+share under ``*|name`` (the empty path is the model itself).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lorakit.errors import AdapterFileError, ConfigError, listing, near_matches
 
 PEFT_TYPE = "LORAKIT"
 FORMAT = 1
+_SHARED = "*"
 _SHAPE = ("kind", "out", "in_", "batch", "kernel", "stored")
 
 
@@ -44,8 +45,8 @@ def to_native(state: AdapterState, reasons: Sequence[str]) -> tuple[dict[str, An
         "why_not_peft": list(reasons),
     }
     config = {"peft_type": PEFT_TYPE, "base_model_name_or_path": state.spec.base, "lorakit": section}
-    tensors = {f"{path}|{name}": t for path, name, t in state.all_tensors()}
-    return config, tensors
+    tensors = {f"{path}|{name}": t for path, group in state.tensors.items() for name, t in group.items()}
+    return config, tensors | {f"{_SHARED}|{name}": t for name, t in state.shared.items()}
 
 
 def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterState:
@@ -79,7 +80,7 @@ def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
     expected = {
         f"{path}|{name}": (path, name) for path, method in of.items() for name in method.shapes(shapes[path])
     }
-    expected |= {f"|{name}": ("", name) for name in shared_shapes(of)}
+    expected |= {f"{_SHARED}|{name}": (_SHARED, name) for name in shared_shapes(of)}
     missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unexpected:
         parts = [f"{len(missing)} missing: {listing(missing)}." if missing else ""]
@@ -89,8 +90,8 @@ def read_native(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
         raise AdapterFileError(
             "The tensors are not those that adapter_config.json describes. " + " ".join(filter(None, parts))
         )
-    grouped: dict[str, dict[str, Tensor]] = {"": {}, **{path: {} for path in of}}
+    grouped: dict[str, dict[str, Tensor]] = {_SHARED: {}, **{path: {} for path in of}}
     for key, (path, name) in expected.items():
         grouped[path][name] = tensors[key]
-    shared = grouped.pop("")
+    shared = grouped.pop(_SHARED)
     return AdapterState(AdapterSpec(of, shapes, config.get("base_model_name_or_path"), info), grouped, shared)

@@ -7,12 +7,15 @@ lorakit has no method for), or unknown (from a later PEFT): accepted when empty,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from lorakit.errors import AdapterFileError, ConfigError, listing, near_matches
 
 PEFT_VERSION = "0.21.2"
+READ = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "PREFIX_TUNING", "PROMPT_TUNING", "VERA", "LORAKIT")
+"""Every ``peft_type`` that is read, the last one our own form."""
 
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
@@ -79,11 +82,13 @@ REFUSED = {
     "velora_config": "it was trained with compressed activations, for which lorakit has no method (VeLoRA)",
 }
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-_CONVERT = (
-    "it changed the base weights when training began, so the file alone does not say what the model became. "
-    "Convert it with "
-    "PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+_CHANGED = (
+    "it changed the base weights when training began, so the file alone does not say what the model became."
 )
+_CONVERT = (
+    f"{_CHANGED} Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+)
+_SUBTRACTED_INITS = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga")
 _TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float), "rank_pattern": (dict,),
     "alpha_pattern": (dict,), "use_rslora": (bool,), "use_dora": (bool,), "lora_bias": (bool,), "bias": (str,),
@@ -92,12 +97,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def check_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> dict[str, Any]:
+def check_config(
+    config: Mapping[str, Any], ignore: Collection[str] = (), *, start_known: bool = False
+) -> dict[str, Any]:
     """The configuration with every key that PEFT knows, once nothing in it is beyond us.
 
     Args:
         config: As read from the file; PEFT itself needs no more than ``peft_type``.
         ignore: Unknown keys to leave out of account.
+        start_known: Whether the factors that PEFT took from the base when training began are at hand.
 
     Raises:
         AdapterFileError: A key cannot be honoured; the message names it and says why.
@@ -105,37 +113,22 @@ def check_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> dic
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterFileError(
-            f"adapter_config.json has peft_type {kind!r}; lorakit reads 'LORA' and its own 'LORAKIT'."
-            f"{near_matches(str(kind), ['LORA', 'LORAKIT'])}"
+            f"adapter_config.json has peft_type {kind!r}; lorakit reads {listing(READ, most=20)}."
+            f"{near_matches(str(kind), READ)}"
         )
-    for key, reason in REFUSED.items():
-        if _means_something(config.get(key)):
-            raise AdapterFileError(
-                f"The adapter has {key}={_short(config[key])}: {reason}. lorakit cannot compute it."
-            )
+    full = check_settings(config, DEFAULTS, REFUSED, ignore)
     init = config.get("init_lora_weights", True)
-    if not any(init is value or (isinstance(value, str) and init == value) for value in HARMLESS_INITS):
+    subtracted = isinstance(init, str) and _SUBTRACTED_INITS.fullmatch(init) is not None
+    harmless = any(init is value or (isinstance(value, str) and init == value) for value in HARMLESS_INITS)
+    if subtracted and not start_known:
+        raise AdapterFileError(
+            f"The adapter has init_lora_weights={init!r}: {_CONVERT}; or read it with initial=<the folder of the "
+            "adapter as it was saved before training>."
+        )
+    if not (harmless or subtracted):
         raise AdapterFileError(f"The adapter has init_lora_weights={init!r}: {_CONVERT}.")
     if _means_something(config.get("loftq_config")):
         raise AdapterFileError(f"The adapter has loftq_config={_short(config['loftq_config'])}: {_CONVERT}.")
-    if _means_something(config.get("runtime_config")):
-        raise AdapterFileError(
-            "The adapter has a runtime_config, which PEFT never saves: the file was made by hand."
-        )
-    strange = [
-        k
-        for k, v in config.items()
-        if k not in DEFAULTS and k != "runtime_config" and _means_something(v) and k not in ignore
-    ]
-    if strange:
-        shown = listing(f"{key}={_short(config[key])}" for key in strange)
-        raise AdapterFileError(
-            "adapter_config.json has settings that lorakit does not know: "
-            f"{shown}.{near_matches(strange[0], DEFAULTS)} Ignoring "
-            "them could change what the adapter computes. If you know that it does not, read it with "
-            f"ignore={tuple(strange)!r}."
-        )
-    full = {**DEFAULTS, **{key: config[key] for key in DEFAULTS if key in config}}
     for key in ("rank_pattern", "alpha_pattern"):
         full[key] = full[key] or {}
     for key, types in _TYPES.items():
@@ -149,6 +142,48 @@ def check_config(config: Mapping[str, Any], ignore: Collection[str] = ()) -> dic
             f"adapter_config.json has bias={full['bias']!r}; known are 'none', 'all' and 'lora_only'."
         )
     return full
+
+
+def check_settings(
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    refused: Mapping[str, str],
+    ignore: Collection[str] = (),
+) -> dict[str, Any]:
+    """A configuration with every key that PEFT has for its type, once none is refused or unknown.
+
+    Args:
+        config: As read from the file.
+        defaults: Every key of the type, with PEFT's default.
+        refused: Keys that must not mean anything, with the reason.
+        ignore: Unknown keys to leave out of account.
+
+    Raises:
+        AdapterFileError: A key cannot be honoured; the message names it and says why.
+    """
+    for key, reason in refused.items():
+        if _means_something(config.get(key)):
+            raise AdapterFileError(
+                f"The adapter has {key}={_short(config[key])}: {reason}. lorakit cannot compute it."
+            )
+    if _means_something(config.get("runtime_config")):
+        raise AdapterFileError(
+            "The adapter has a runtime_config, which PEFT never saves: the file was made by hand."
+        )
+    strange = [
+        k
+        for k, v in config.items()
+        if k not in defaults and k != "runtime_config" and _means_something(v) and k not in ignore
+    ]
+    if strange:
+        shown = listing(f"{key}={_short(config[key])}" for key in strange)
+        raise AdapterFileError(
+            "adapter_config.json has settings that lorakit does not know: "
+            f"{shown}.{near_matches(strange[0], defaults)} Ignoring "
+            "them could change what the adapter computes. If you know that it does not, read it with "
+            f"ignore={tuple(strange)!r}."
+        )
+    return {**defaults, **{key: config[key] for key in defaults if key in config}}
 
 
 def kept_settings(config: Mapping[str, Any]) -> dict[str, Any]:

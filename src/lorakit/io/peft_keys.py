@@ -52,23 +52,36 @@ class Keys:
             name = "lora_bias" if leaf == "bias" and letter == "B" else f"lora_{letter}"
             if leaf == "bias" and letter == "A":
                 name = "lora_A.bias"  # no such thing: left over, and reported
-            self._factor(path, name, found)
+            self.put(path, name, found)
         elif match := _EMBEDDING.fullmatch(bare):
             path, letter, adapter = match.groups()
-            self._factor(path, f"embedding_{letter}", found)
+            self.put(path, f"embedding_{letter}", found)
         elif match := _MAGNITUDE.fullmatch(bare):
             path, adapter = match.groups()
-            self._factor(path, "magnitude", found)
+            self.put(path, "magnitude", found)
         elif match := _ROWS.fullmatch(bare):
             path, adapter = match.groups()
             _put(self.rows, path, found)
         else:
-            _put(self.others, bare, found)
+            self.put_other(bare, found)
         if adapter is not None:
             self.adapters.add(adapter)
 
-    def _factor(self, path: str, name: str, found: Found) -> None:
+    def put(self, path: str, name: str, found: Found) -> None:
+        """Note a tensor of a target."""
         _put(self.factors.setdefault(path, {}), name, found)
+
+    def put_other(self, bare: str, found: Found) -> None:
+        """Note a tensor that is none of a target's."""
+        _put(self.others, bare, found)
+
+    def check_one_adapter(self) -> None:
+        """Raise `AdapterFileError` if keys name several adapters."""
+        if len(self.adapters) > 1:
+            raise AdapterFileError(
+                f"The file holds several adapters: {listing(sorted(self.adapters))}. Save each on its own with "
+                "PEFT's save_pretrained."
+            )
 
 
 def _put(group: dict[str, Found], name: str, found: Found) -> None:
@@ -78,11 +91,24 @@ def _put(group: dict[str, Found], name: str, found: Found) -> None:
 
 
 def sort_keys(tensors: Iterable[tuple[str, Tensor]]) -> Keys:
-    """Group a file's tensors; prefixes, adapter names and the parts that wrappers insert are taken off.
+    """Group the tensors of a LoRA file; prefixes, adapter names and the parts that wrappers insert are taken off.
 
     Raises:
         AdapterFileError: Some keys have PEFT's prefix and others not, two adapters are in one file, or two keys
             mean one tensor.
+    """
+    keys = Keys()
+    for key, bare, tensor in bare_keys(tensors):
+        keys.add(key, bare, tensor)
+    keys.check_one_adapter()
+    return keys
+
+
+def bare_keys(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str, Tensor]]:
+    """A file's tensors as (key, key without PEFT's prefix and without the parts that wrappers insert, tensor).
+
+    Raises:
+        AdapterFileError: Some keys have PEFT's prefix and others not.
     """
     items = [(key, _WRAPPED.sub("", "." + key)[1:], tensor) for key, tensor in tensors]
     prefixed = sum(bare.startswith(PREFIX) for _, bare, _ in items)
@@ -93,12 +119,4 @@ def sort_keys(tensors: Iterable[tuple[str, Tensor]]) -> Keys:
             f"{listing(without)}. They come from "
             "different models or tools."
         )
-    keys = Keys()
-    for key, bare, tensor in items:
-        keys.add(key, bare[len(PREFIX) :] if prefixed else bare, tensor)
-    if len(keys.adapters) > 1:
-        raise AdapterFileError(
-            f"The file holds several adapters: {listing(sorted(keys.adapters))}. Save each on its own with "
-            "PEFT's save_pretrained."
-        )
-    return keys
+    return [(key, bare[len(PREFIX) :] if prefixed else bare, tensor) for key, bare, tensor in items]

@@ -7,8 +7,10 @@ from typing import Any
 
 from lorakit.core.adapter import AdapterState
 from lorakit.core.method import Method
+from lorakit.core.selection import split_part
 from lorakit.core.target import Shape
 from lorakit.io.outline import Outline
+from lorakit.io.peft_families import Family
 from lorakit.io.peft_naming import Naming
 from lorakit.io.peft_rules import (
     ATTENTION_IN,
@@ -36,11 +38,13 @@ class Plan:
         full: Paths of whole parameters.
         rows: Paths of tables with token rows.
         naming: PEFT's paths.
+        family: The type of PEFT's files, if it is not LoRA.
+        own: The targets of that type.
         reasons: What PEFT has no words for; when there is any, the rest is not to be used.
     """
 
-    def __init__(self, state: AdapterState, outline: Outline | None) -> None:
-        self.state, self.outline = state, outline
+    def __init__(self, state: AdapterState, outline: Outline | None, family: Family | None = None) -> None:
+        self.state, self.outline, self.family = state, outline, family
         peft = state.spec.info.get("peft", {})
         self.hints: Mapping[str, Any] = peft if isinstance(peft, Mapping) else {}
         self.layers: dict[str, Rule] = {}
@@ -48,6 +52,7 @@ class Plan:
         self.bare: dict[str, list[str]] = {}
         self.full: list[str] = []
         self.rows: list[str] = []
+        self.own: dict[str, Method] = {}
         self.reasons: list[str] = []
         self.naming = Naming({})
         self._sort()
@@ -61,15 +66,24 @@ class Plan:
         for path, method in methods.items():
             if path in low_rank:
                 self._sort_low_rank(path, shapes[path])
+            elif self.family is not None and type(method) is self.family.method:
+                self._sort_own(path, shapes[path], method)
             elif type(method) is FullFineTuning:
                 self.full.append(path)
-            elif isinstance(method, TokenRows):
+            elif isinstance(method, TokenRows) and self.family is None:
                 self.rows.append(path)
             else:
-                self._no(f"PEFT's LoRA files have no place for {method.name!r}, as at {path!r}")
-        if not low_rank:
-            self._no("PEFT's LoRA files need at least one LoRA target")
-        self._check_settings(low_rank)
+                self._no(f"PEFT's {self._type} files have no place for {method.name!r}, as at {path!r}")
+        if self.family is None:
+            if not low_rank:
+                self._no("PEFT's LoRA files need at least one LoRA target")
+            self._check_settings(low_rank)
+        else:
+            for path in low_rank:
+                self._no(
+                    f"PEFT has one type of adapter in a file, and {path!r} has another than {self._type}"
+                )
+            self.reasons += self.family.why_not(self.own, {path: shapes[path] for path in self.own})
         for module in self.bare:
             self._order(module)
         self.naming = Naming(
@@ -88,11 +102,30 @@ class Plan:
                 "." + path, ["." + p for p in bare], self.outline.sizes if self.outline else ()
             )
 
+    @property
+    def _type(self) -> str:
+        return "LoRA" if self.family is None else self.family.peft_type
+
+    def _sort_own(self, path: str, shape: Shape, method: Method) -> None:
+        """A target of a type of its own: a plain layer of a kind that PEFT has the type for."""
+        assert self.family is not None
+        if shape.kind not in self.family.kinds or shape.batch:
+            groups = f" in {shape.batch[0]} groups" if shape.batch else ""
+            self._no(f"PEFT has no {self._type} for a target of kind {shape.kind!r}{groups}, as {path!r} is")
+        elif (
+            self.outline is not None and path in self.outline.transposed_layers and not self.family.transposes
+        ):
+            self._no(f"PEFT has no {self._type} for transformers' Conv1D, as {path!r} is")
+        self.layers[path] = CONV if shape.kind == "conv" else LINEAR
+        self.own[path] = method
+
     def _check_paths(self) -> None:
         for path in self.state.spec.methods:
             parts = path.split(".")
             if "" in parts:
                 self._no(f"PEFT cannot adapt the model itself, only modules in it (target {path!r})")
+            if split_part(path)[1]:
+                self._no(f"PEFT adapts whole layers and parameters, and {path!r} is a slice of one")
             if not path.isprintable():
                 self._no(f"{path!r} has characters that PEFT's patterns cannot match")
             odd = [part for part in parts if part in RESERVED or part.startswith("lora_")]
@@ -216,7 +249,8 @@ class Plan:
     def bias(self) -> str:
         """PEFT's ``bias`` setting."""
         places = {self.place_of(path) for path in self.full}
-        return "all" if "bias" in places else "lora_only" if "bias inside" in places else "none"
+        inside = "lora_only" if self.family is None else self.family.bias_word or "lora_only"
+        return "all" if "bias" in places else inside if "bias inside" in places else "none"
 
     @property
     def saved(self) -> list[str]:
@@ -225,6 +259,8 @@ class Plan:
         return list(dict.fromkeys(owners))
 
     def _check_full(self) -> None:
+        if self.bias != "none" and self.family is not None and self.family.bias_word is None:
+            self._no(f"PEFT trains no biases beside {self._type}, other than in whole modules")
         for path in self.full:
             if self.place_of(path) == "saved" and (reason := self._why_not_saved(path)) is not None:
                 self._no(reason)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorakit.core.adapter import AdapterSpec, AdapterState
 from lorakit.core.method import Method
 from lorakit.core.target import Shape
-from lorakit.errors import AdapterFileError, ConfigError, listing, near_matches
+from lorakit.errors import AdapterFileError, ConfigError
 from lorakit.io.embedded import Embedded
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import SELECTION, check_config, kept_settings, settings_error
@@ -19,6 +19,7 @@ from lorakit.io.peft_keys import Found, Keys, sort_keys
 from lorakit.io.peft_rules import CONV, EMBEDDING, LINEAR, PARAMETER, transposed_pair
 from lorakit.io.peft_sites import Patterns, Site, find_sites
 from lorakit.io.peft_whole import read_token_rows, read_whole_parameters
+from lorakit.io.strictness import Complaints, floating
 from lorakit.methods import DoRA, LoRA
 
 
@@ -29,13 +30,16 @@ def read_peft(
     embedded: Embedded | None = None,
     outline: Outline | None = None,
     ignore: Collection[str] = (),
+    start_known: bool = False,
 ) -> AdapterState:
     """The adapter that a configuration and tensors of PEFT's describe.
+
+    With ``start_known`` the factors may be such that PEFT took their start from the base, see `lorakit.io.peft_start`.
 
     Raises:
         AdapterFileError: A setting cannot be honoured, or a tensor is missing, unexpected or of another size.
     """
-    config = check_config(raw, ignore)
+    config = check_config(raw, ignore, start_known=start_known)
     if not tensors:
         raise AdapterFileError("The adapter's file holds no tensors.")
     keys = sort_keys(tensors.items())
@@ -59,10 +63,11 @@ def read_peft(
     return AdapterState(spec, reader.tensors)
 
 
-class _Reader:
+class _Reader(Complaints):
     """Collects targets, and everything that is wrong, so that one error can tell it all."""
 
     def __init__(self, config: Mapping[str, Any], keys: Keys) -> None:
+        super().__init__([found.key for group in keys.factors.values() for found in group.values()])
         self.config = config
         self.keys = keys
         self.ranks = Patterns(config["rank_pattern"], config["r"])
@@ -71,9 +76,6 @@ class _Reader:
         self.shapes: dict[str, Shape] = {}
         self.tensors: dict[str, dict[str, Tensor]] = {}
         self.transposed: list[str] = []
-        self.missing: list[str] = []
-        self.unexpected: list[str] = []
-        self.misshaped: list[str] = []
         self._made: dict[tuple[Any, ...], Method] = {}
 
     def low_rank(self, site: Site) -> None:
@@ -120,7 +122,8 @@ class _Reader:
             self.misshaped += [f"{text} (by the configuration r={r} there)" for text in wrong]
         elif set(have) == set(sizes):
             values = {
-                name: rule.from_file(name, self._float(have[name]), size) for name, size in sizes.items()
+                name: rule.from_file(name, floating(have[name].key, have[name].tensor), size)
+                for name, size in sizes.items()
             }
             if site.transposed:
                 values["lora_A"], values["lora_B"] = transposed_pair(values["lora_A"], values["lora_B"])
@@ -133,27 +136,7 @@ class _Reader:
         if found.tensor.numel() != math.prod(want) or (name == "rows" and tuple(found.tensor.shape) != want):
             self.misshaped.append(f"{found.key} is {tuple(found.tensor.shape)}, not {want}")
             return
-        self._put(path, method, shape, {name: self._float(found).reshape(want)}, found.key)
-
-    def check(self) -> None:
-        """One error for all that does not fit."""
-        if not (self.missing or self.unexpected or self.misshaped):
-            return
-        parts = []
-        if self.missing:
-            hints = "".join(near_matches(self.missing[0], self.unexpected))
-            parts.append(f"{len(self.missing)} missing: {listing(self.missing)}{hints or '.'}")
-        if self.unexpected:
-            known = [found.key for group in self.keys.factors.values() for found in group.values()]
-            hints = near_matches(self.unexpected[0], [k for k in known if k not in self.unexpected], n=1)
-            parts.append(f"{len(self.unexpected)} unexpected: {listing(self.unexpected)}{hints or '.'}")
-        if self.misshaped:
-            parts.append(f"{len(self.misshaped)} of another size: {listing(self.misshaped)}.")
-        raise AdapterFileError(
-            "The adapter's tensors are not those that its configuration describes. "
-            + " ".join(part[0].upper() + part[1:] for part in parts)
-            + " Nothing was read: an adapter that is only partly there computes something else."
-        )
+        self._put(path, method, shape, {name: floating(found.key, found.tensor).reshape(want)}, found.key)
 
     def _put(self, path: str, method: Method, shape: Shape, tensors: dict[str, Tensor], key: str) -> None:
         if path in self.methods:
@@ -208,17 +191,6 @@ class _Reader:
                 "cannot be merged "
                 "into one. lorakit's LoRA keeps to the groups: train it anew."
             )
-
-    @staticmethod
-    def _float(found: Found) -> Tensor:
-        if not found.tensor.is_floating_point():
-            raise AdapterFileError(
-                f"{found.key} holds {str(found.tensor.dtype).removeprefix('torch.')} numbers. An adapter "
-                "holds floating-point "
-                "parameters only; this may be a buffer, such as the running statistics of a batch norm in "
-                "modules_to_save."
-            )
-        return found.tensor
 
 
 def _swap(shape: Shape) -> Shape:

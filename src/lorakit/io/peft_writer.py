@@ -11,6 +11,7 @@ from lorakit.core.adapter import AdapterState
 from lorakit.core.target import Shape
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import DEFAULTS, KEPT
+from lorakit.io.peft_families import FAMILIES, Family
 from lorakit.io.peft_naming import (
     module_list,
     number,
@@ -20,6 +21,7 @@ from lorakit.io.peft_naming import (
     token_indices,
 )
 from lorakit.io.peft_plan import Plan, lora_of
+from lorakit.io.peft_prompts_writer import to_prompts
 from lorakit.io.peft_rules import (
     ATTENTION_IN,
     ATTENTION_OUT,
@@ -29,7 +31,7 @@ from lorakit.io.peft_rules import (
     TOKEN_ROWS_KEY,
     transposed_pair,
 )
-from lorakit.methods import DoRA, TokenRows
+from lorakit.methods import DoRA, PrefixTuning, PromptTuning, TokenRows
 
 
 @dataclass
@@ -41,6 +43,7 @@ class PeftForm:
         tensors: Key to tensor, in the file's layout.
         parameters: See `lorakit.io.embedded.Embedded`.
         tables: The same.
+        shapes: The same.
         reasons: Why it cannot be said; when there is one, nothing else is to be used.
     """
 
@@ -48,15 +51,25 @@ class PeftForm:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, list[tuple[str, tuple[int, ...], bool]]] = field(default_factory=dict)
     tables: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    shapes: dict[str, tuple[str, int, int, tuple[int, ...]]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
 
 def to_peft(state: AdapterState, outline: Outline | None = None) -> PeftForm:
-    """The adapter in PEFT's terms, or the reasons why not."""
-    plan = Plan(state, outline)
+    """The adapter in PEFT's terms, or the reasons why not.
+
+    What is measured from its start is written as PEFT converts it: a LoRA of twice the rank for the stock base.
+    """
+    state = state.plain()
+    of = {type(method) for method in state.spec.methods.values()}
+    if of & {PrefixTuning, PromptTuning}:
+        written = to_prompts(state, outline)
+        return PeftForm(written.config, written.tensors, shapes=written.shapes, reasons=written.reasons)
+    family = next((family for family in FAMILIES.values() if family.method in of), None)
+    plan = Plan(state, outline, family)
     if plan.reasons:
         return PeftForm(reasons=plan.reasons)
-    return _Writer(plan).form
+    return (_Writer(plan) if family is None else _FamilyWriter(plan, family)).form
 
 
 class _Writer:
@@ -176,3 +189,40 @@ class _Writer:
 
     def _tensor(self, key: str, tensor: Tensor) -> None:
         self.form.tensors[PREFIX + key] = tensor
+
+
+class _FamilyWriter(_Writer):
+    """Fills the form of one of PEFT's types beside LoRA."""
+
+    def __init__(self, plan: Plan, family: Family) -> None:
+        self.family = family
+        super().__init__(plan)
+
+    def _build(self) -> None:
+        family, spec, hints, own = self.family, self.state.spec, self.plan.hints, self.plan.own
+        shapes = {path: spec.shapes[path] for path in own}
+        for path, method in own.items():
+            shape, start = shapes[path], self.plan.naming.start(path)
+            sizes = family.in_file(method, method.shapes(shape), shape)
+            self.form.shapes[path] = (shape.kind, shape.out, shape.in_, shape.kernel)
+            for name, tensor in self.state.tensors[path].items():
+                self._tensor(f"{start}.{name}", tensor.reshape(sizes[name]))
+        for name, tensor in self.state.shared.items():
+            self.form.tensors[f"base_model.{name}"] = tensor
+        self._full()
+        self.form.config = {
+            **family.defaults,
+            **{key: hints[key] for key in family.kept if key in hints},
+            **target_modules(list(own), hints, self.plan.outline),
+            **family.settings(own, shapes, hints),
+            "base_model_name_or_path": spec.base,
+            "modules_to_save": module_list(self.plan.saved, hints),
+        }
+        if "bias" in family.defaults:
+            self.form.config["bias"] = self.plan.bias
+        if (
+            "fan_in_fan_out" in family.defaults
+            and "fan_in_fan_out" not in hints
+            and self._transposed_linear()
+        ):
+            self.form.config["fan_in_fan_out"] = True

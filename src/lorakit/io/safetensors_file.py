@@ -75,6 +75,21 @@ def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         return parse_header(path, file.read(length), size - 8 - length)[1]
 
 
+def read_header(path: Path) -> tuple[int, dict[str, Entry]]:
+    """Where the data of a file begins, and its tensors; the header is checked, the data is not read.
+
+    Raises:
+        AdapterFileError: The file is damaged or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _header_length(path, file.read(8), size)
+            return 8 + length, parse_header(path, file.read(length), size - 8 - length)[0]
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
 def parse_header(path: Path, text: bytes, data_bytes: int) -> tuple[dict[str, Entry], dict[str, str]]:
     """Tensor name to ``(dtype, shape, begin, end)``, and the metadata.
 
