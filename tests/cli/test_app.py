@@ -12,7 +12,18 @@ from lorakit.cli import app
 from lorakit.errors import LorakitError
 from tests.cli.conftest import Lorakit
 
-COMMANDS = ("demo", "train", "eval", "generate", "merge", "inspect", "models", "version")
+COMMANDS = (
+    "demo",
+    "train",
+    "eval",
+    "generate",
+    "classify",
+    "merge",
+    "inspect",
+    "models",
+    "kernels",
+    "version",
+)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,8 @@ import yaml
 
 from lorakit.train import Recipe, Silent, TrainResult, evaluate, load_examples, train
 from lorakit.train.data import has_split
+from lorakit.train.data_sections import LabelledData
+from lorakit.train.labelled import load_texts
 from tests.tiny_chat import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,9 @@ def test_recipes_are_sound_and_their_data_can_be_read(path: Path) -> None:
     for split in ("train", "valid", "test"):
         named = getattr(recipe.data, split)
         if has_split(recipe.data, split) and (not isinstance(named, Path) or named.is_file()):
+            if isinstance(recipe.data, LabelledData):
+                assert load_texts(recipe.data, split)
+                continue
             examples = load_examples(recipe.data, split)
             assert examples
             assert all(example.answer for example in examples)
@@ -98,3 +103,33 @@ def test_smollm2_learns_a_little_sql(tmp_path: Path) -> None:
     assert scored.count == 2
     again = evaluate(recipe, adapter=result.adapter)
     assert again.answers == scored.answers
+
+
+@pytest.mark.model
+def test_minilm_learns_kinds_of_words_and_knows_new_ones(tmp_path: Path) -> None:
+    words = {
+        "animal": "cat dog cow horse lion tiger wolf",
+        "colour": "red green blue black white yellow grey",
+        "food": "bread cheese soup rice meat cake pasta",
+    }
+    new = {"animal": "sheep bear", "colour": "purple orange", "food": "butter pizza"}
+
+    def file(name: str, kinds: dict[str, str]) -> str:
+        rows = [{"text": word, "label": kind} for kind, each in kinds.items() for word in each.split()]
+        return str(write_rows(tmp_path / name, rows))
+
+    recipe = Recipe.from_mapping(
+        {
+            "task": "classification",
+            "model": "minilm",
+            "adapter": {"r": 4},
+            "data": {"train": file("train.jsonl", words), "test": file("test.jsonl", new)},
+            "train": {"max_steps": 12, "batch_rows": 21, "lr": 5e-3, "warmup": 2},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    result = train(recipe)
+    in_a_layer = 4 * (4 * (384 + 384) + 2 * (384 + 1536))  # query, key, value, output; up and down
+    assert result.report.trainable == 6 * in_a_layer + 4 * (384 + 384) + 3 * 384 + 3  # and pooler, and head
+    assert result.losses[-1] < 0.3 * result.losses[0]
+    assert evaluate(recipe, adapter=result.adapter).scores["accuracy"] > 0.8

@@ -18,6 +18,7 @@ from lorakit.train.recipe import (
     EvaluateSection,
     FileData,
     GenerateSection,
+    LabelledData,
     ModelSection,
     Recipe,
     TrainSection,
@@ -27,7 +28,7 @@ SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
     "": (Recipe,),
     "model": (ModelSection,),
     "adapter": (AdapterSection,),
-    "data": (BuiltinData, FileData),
+    "data": (BuiltinData, FileData, LabelledData),
     "train": (TrainSection,),
     "generate": (GenerateSection,),
     "evaluate": (EvaluateSection,),
@@ -259,7 +260,7 @@ def test_every_method_has_a_section_whose_settings_are_described(name: str) -> N
         assert section.model_fields[setting].description, f"{name}.{setting}"
 
 
-def test_attribute_docs_joins_lines() -> None:
+def test_attribute_docs_joins_lines_and_takes_those_of_the_base_class() -> None:
     class Thing:
         """A thing.
 
@@ -272,4 +273,17 @@ def test_attribute_docs_joins_lines() -> None:
             three: Not one of them.
         """
 
+    class Other(Thing):
+        """Another thing.
+
+        Attributes:
+            two: Told anew.
+            four: Its own.
+        """
+
     assert attribute_docs(Thing) == {"one": "First line and the second.", "two": "Another."}
+    assert attribute_docs(Other) == {
+        "one": "First line and the second.",
+        "two": "Told anew.",
+        "four": "Its own.",
+    }

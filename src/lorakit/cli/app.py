@@ -8,7 +8,24 @@ from collections.abc import Sequence
 
 import typer
 
-from lorakit.cli import demo, evaluate, generate, inspect, merge, models, train, version
+from lorakit.cli import (
+    classify,
+    combine,
+    convert,
+    demo,
+    diff,
+    evaluate,
+    extract,
+    generate,
+    inspect,
+    kernels,
+    merge,
+    models,
+    plan,
+    resize,
+    train,
+    version,
+)
 from lorakit.errors import LorakitError
 
 app = typer.Typer(
@@ -35,9 +52,17 @@ app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("classify")(classify.command)
 app.command("merge")(merge.command)
 app.command("inspect")(inspect.command)
+app.command("diff")(diff.command)
+app.command("combine")(combine.command)
+app.command("resize")(resize.command)
+app.command("extract")(extract.command)
+app.command("convert")(convert.command)
+app.command("plan")(plan.command)
 app.command("models")(models.command)
+app.add_typer(kernels.app, name="kernels")
 app.command("version")(version.command)
 
 

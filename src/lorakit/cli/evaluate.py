@@ -43,9 +43,10 @@ def command(
         lorakit eval recipes/e2e_nlg.yaml --adapter runs/e2e/adapter --save answers.jsonl --json
 
     Which metrics: evaluate.metrics in the recipe; by default execution accuracy for SQL, BLEU and NIST where there are
-    several references, the loss for conversations.
+    several references, the loss for conversations; for task: classification accuracy, macro F1 and loss, and a table of
+    the labels.
     """
-    from lorakit.cli.output import quiet_loading, say, say_json, say_pairs
+    from lorakit.cli.output import quiet_loading, say, say_json, say_pairs, say_table
     from lorakit.errors import ConfigError
     from lorakit.train import Recipe, evaluate, progress_for
 
@@ -84,5 +85,24 @@ def command(
         f"{read.model.name} with {what}, {result.count} examples of the {split} split, {result.seconds:.0f} s",
         [(name, f"{value:.4f}") for name, value in result.scores.items()],
     )
+    if result.labels:
+        say_table(
+            "",
+            ("label", "rows", "given", "right", "precision", "recall", "F1"),
+            [
+                (
+                    s.name,
+                    f"{s.count:,}",
+                    f"{s.predicted:,}",
+                    f"{s.correct:,}",
+                    *_shares(s.precision, s.recall, s.f1),
+                )
+                for s in result.labels
+            ],
+        )
     if save is not None:
         say(f"The answers are in {save}.")
+
+
+def _shares(*values: float) -> tuple[str, ...]:
+    return tuple(f"{value:.3f}" for value in values)

@@ -9,6 +9,8 @@
 Importing this package imports neither transformers nor matplotlib; what needs them does so when called.
 """
 
+from lorakit.train.classifier_scores import LabelScore
+from lorakit.train.classifying import Prediction, classify
 from lorakit.train.data import load_examples
 from lorakit.train.evaluation import Answer, EvalResult, evaluate
 from lorakit.train.examples import Example
@@ -23,7 +25,9 @@ __all__ = [
     "Answer",
     "EvalResult",
     "Example",
+    "LabelScore",
     "PlainProgress",
+    "Prediction",
     "Progress",
     "Recipe",
     "Rendered",
@@ -33,6 +37,7 @@ __all__ = [
     "Silent",
     "StepReport",
     "TrainResult",
+    "classify",
     "evaluate",
     "generate",
     "load_examples",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.attach import checkpoint_contexts
+from torch import nn
+
+from lorakit.attach import checkpoint_contexts, parameter_groups
 from lorakit.train.recipe import TrainSection
 
 if TYPE_CHECKING:
@@ -44,6 +46,22 @@ def arguments(settings: TrainSection, folder: Path, steps: int, model: PreTraine
         use_cpu=model.device.type == "cpu",
         bf16=False,
         fp16=False,
+    )
+
+
+def optimizer_groups(settings: TrainSection, model: nn.Module) -> list[dict[str, Any]]:
+    """A recipe's settings as an optimizer's groups, see `lorakit.parameter_groups`.
+
+    Raises:
+        ConfigError: No parameter has a role that should be fast.
+    """
+    return parameter_groups(
+        model,
+        lr=settings.lr,
+        lora_plus_ratio=settings.lora_plus_ratio,
+        weight_decay=settings.weight_decay,
+        fast=settings.fast,
+        embedding_lr=settings.embedding_lr,
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lorakit.core import Method
 from lorakit.errors import ConfigError
+from lorakit.train.labelled import LabelledRow
 from lorakit.train.packing import pack, packing_error
 from lorakit.train.render import IGNORED, Rendered
 
@@ -35,25 +37,54 @@ class PaddedCollator:
 
     def __call__(self, rows: Sequence[Rendered]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, longest)``."""
-        longest = max(len(row.ids) for row in rows)
-
-        def padded(values: Sequence[int], filler: int) -> list[int]:
-            return [*values, *[filler] * (longest - len(values))]
-
         return {
-            "input_ids": torch.tensor([padded(row.ids, self.pad) for row in rows]),
-            "attention_mask": torch.tensor([padded([1] * len(row.ids), 0) for row in rows]),
-            "labels": torch.tensor([padded(row.labels, IGNORED) for row in rows]),
+            "input_ids": _side_by_side([row.ids for row in rows], self.pad),
+            "attention_mask": _side_by_side([[1] * len(row.ids) for row in rows], 0),
+            "labels": _side_by_side([row.labels for row in rows], IGNORED),
         }
 
 
-Collator = PackedCollator | PaddedCollator
+@dataclass(frozen=True)
+class LabelCollator:
+    """Texts to classify side by side, padded on the right to the longest of their batch."""
+
+    pad: int
+
+    def __call__(self, rows: Sequence[LabelledRow]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, perhaps ``token_type_ids`` ``(rows, longest)``; ``labels`` ``(rows,)``."""
+        batch = {
+            "input_ids": _side_by_side([row.ids for row in rows], self.pad),
+            "attention_mask": _side_by_side([[1] * len(row.ids) for row in rows], 0),
+            "labels": torch.tensor([row.labels[0] for row in rows]),
+        }
+        if all(row.types is not None for row in rows):
+            batch["token_type_ids"] = _side_by_side([row.types or () for row in rows], 0)
+        return batch
+
+
+def _side_by_side(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    """Sequences as one ``(rows, longest)`` tensor, filled up on the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+
+
+Collator = Callable[[Sequence[Any]], dict[str, Tensor]]
+"""Makes the tensors of a batch from its rows."""
 
 
 def choose_collator(
-    batching: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    batching: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    methods: Iterable[Method] = (),
 ) -> tuple[Collator, str | None]:
     """The collator that a recipe asks for, and why it is not the packed one where ``auto`` could not take that.
+
+    Args:
+        batching: What the recipe asks for.
+        model: With or without adapters.
+        tokenizer: Its tokenizer.
+        methods: What will be attached to it.
 
     Raises:
         ConfigError: ``packed`` is asked for, and the model cannot be packed.
@@ -61,7 +92,10 @@ def choose_collator(
     padded = PaddedCollator(int(tokenizer.pad_token_id))
     if batching == "padded":
         return padded, None
-    reason = packing_error(model)
+    odd = next((method.name for method in methods if not method.packable), None)
+    reason = (
+        packing_error(model) if odd is None else f"{odd} tuning cannot tell the texts of a packed row apart"
+    )
     if reason is None:
         return PackedCollator(), None
     if batching == "packed":

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from lorakit.errors import ConfigError, DataError, ExecutionError, near_matches
 from lorakit.tasks import text_to_sql
 from lorakit.tasks.execution import Case
+from lorakit.train.data_sections import BuiltinData, DataSection, FileData, LabelledData
 from lorakit.train.examples import Example, Message
-from lorakit.train.recipe import BuiltinData, DataSection, FileData
 
 Split = Literal["train", "valid", "test"]
 
@@ -45,11 +45,21 @@ def load_examples(data: DataSection, split: Split, *, learning: bool = False) ->
     if isinstance(data, BuiltinData):
         return _builtin(data, split)
     assert isinstance(data, FileData)
-    path = getattr(data, split)
-    if path is None:
-        raise ConfigError(f"The recipe names no file for the {split} split: set data.{split}.")
+    path = file_of(data, split)
     examples = [e for row in _rows(path, data, data.max_rows.get(split)) for e in row(learning)]
     return examples if data.system is None else [_with_system(e, data.system) for e in examples]
+
+
+def file_of(data: FileData | LabelledData, split: Split) -> Path:
+    """The file of a split.
+
+    Raises:
+        ConfigError: The recipe names none.
+    """
+    path: Path | None = getattr(data, split)
+    if path is None:
+        raise ConfigError(f"The recipe names no file for the {split} split: set data.{split}.")
+    return path
 
 
 def has_split(data: DataSection, split: Split) -> bool:
@@ -81,13 +91,7 @@ def read_json_lines(path: Path, most: int | None = None) -> Iterator[tuple[int, 
     Raises:
         DataError: The file is missing, empty, cut off, or a line is no JSON object.
     """
-    if not path.is_file():
-        nearby = (
-            ""
-            if not path.parent.is_dir()
-            else near_matches(path.name, (p.name for p in path.parent.iterdir()))
-        )
-        raise DataError(f"There is no data file {path}.{nearby}")
+    check_file(path)
     count = number = 0
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -107,6 +111,13 @@ def read_json_lines(path: Path, most: int | None = None) -> Iterator[tuple[int, 
         raise DataError(f"{path}, near line {number + 1}: not UTF-8 text ({error.reason}).") from error
     if not count:
         raise DataError(f"{path} is empty: expected JSON lines, one object a line.")
+
+
+def check_file(path: Path) -> None:
+    """Raise `DataError` when there is no such file, with the names beside it that are like its own."""
+    if not path.is_file():
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        raise DataError(f"There is no data file {path}.{near_matches(path.name, (p.name for p in beside))}")
 
 
 def _object(line: str, path: Path, number: int) -> dict[str, Any]:

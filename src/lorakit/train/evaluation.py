@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ from lorakit.attach import use
 from lorakit.errors import ConfigError
 from lorakit.io.model_files import load
 from lorakit.models import load_model, load_tokenizer, resolve
+from lorakit.train.classifier_scores import LabelScore
 from lorakit.train.collate import choose_collator
 from lorakit.train.data import Split, load_examples
+from lorakit.train.data_sections import FileData
 from lorakit.train.examples import Example
 from lorakit.train.generation import generate
 from lorakit.train.loss import mean_loss
 from lorakit.train.progress import Progress, Silent
-from lorakit.train.recipe import FileData, Metric, Recipe
+from lorakit.train.quantized_base import quantize_base
+from lorakit.train.recipe import Metric, Recipe
 from lorakit.train.render import render
 from lorakit.train.scores import bleu, exact_match, judge_sql, nist
 
@@ -56,20 +60,29 @@ class EvalResult:
     Attributes:
         scores: Metric to value: ``execution_accuracy``, ``failed_to_run`` (the share of queries that SQLite refuses)
             and ``exact_match`` from 0 to 1, ``bleu`` from 0 to 100, ``nist`` and ``nist_row_lengths`` (see
-            `lorakit.train.scores.nist`), ``loss`` in nats a token and ``perplexity``.
+            `lorakit.train.scores.nist`), ``loss`` in nats a token and ``perplexity``. Of a classifier ``accuracy`` and
+            ``macro_f1`` from 0 to 1, and ``loss`` in nats a row.
         count: Examples scored.
         seconds: Spent, without loading.
-        answers: What was written, if anything had to be.
+        answers: What was written, if anything had to be; of a classifier the label that each text was given.
+        labels: Of a classifier, how each label fared.
     """
 
     scores: dict[str, float]
     count: int
     seconds: float
     answers: tuple[Answer, ...] = ()
+    labels: tuple[LabelScore, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """As JSON can hold it, without the answers."""
-        return {"scores": self.scores, "count": self.count, "seconds": round(self.seconds, 3)}
+        plain = {"scores": self.scores, "count": self.count, "seconds": round(self.seconds, 3)}
+        if self.labels:
+            plain["labels"] = [
+                {**dataclasses.asdict(s), "precision": s.precision, "recall": s.recall, "f1": s.f1}
+                for s in self.labels
+            ]
+        return plain
 
 
 def evaluate(
@@ -101,6 +114,10 @@ def evaluate(
         AdapterFileError: The adapter cannot be read, or belongs to another model.
     """
     progress = progress or Silent()
+    if recipe.task == "classification":
+        from lorakit.train.classifying import evaluate_classifier
+
+        return evaluate_classifier(recipe, adapter, split, limit, model, tokenizer, progress)
     examples = load_examples(recipe.data, split)
     examples = examples[: limit or recipe.evaluate.limit]
     metrics = recipe.evaluate.metrics or default_metrics(recipe, examples)
@@ -112,6 +129,7 @@ def evaluate(
         model = load_model(
             resolved or section.name, dtype=section.dtype, device=section.device, revision=section.revision
         )
+        quantize_base(model, recipe)
     name = "scored"
     if adapter is not None:
         load(model, adapter, name=name)

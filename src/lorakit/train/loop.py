@@ -5,11 +5,10 @@ Its loop, its optimizer step and its resume are used as they are.
 
 from __future__ import annotations
 
-import json
+import math
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -18,30 +17,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from lorakit.attach import trainable
+from lorakit.attach.attach import state_of
 from lorakit.attach.attachments import attachments_of
 from lorakit.errors import TrainingError
-from lorakit.io.adapter_directory import read
-from lorakit.io.model_files import save
+from lorakit.io.adapter_directory import read, write
+from lorakit.train.arguments import optimizer_groups
 from lorakit.train.batches import PlannedBatches
-from lorakit.train.collate import PackedCollator, PaddedCollator
-from lorakit.train.loss import count_learnt, summed_loss
+from lorakit.train.collate import Collator
+from lorakit.train.loss import Objective
 from lorakit.train.packing import packed
-from lorakit.train.progress import Progress, StepReport
-from lorakit.train.render import Rendered
-from lorakit.train.run_files import MetricsFile, write_json
-
-REPORTING = "lorakit_reporting.json"
+from lorakit.train.processes import Processes
+from lorakit.train.progress import Progress
+from lorakit.train.recipe import TrainSection
+from lorakit.train.reporting import Reporting
+from lorakit.train.run_files import write_json
+from lorakit.train.task import Row
 
 
 class AdapterTrainer(Trainer):
     """Trains one adapter of a model.
 
-    What is ours: the batches follow a plan made beforehand; the loss is the sum over the learnt tokens divided by
-    their number in the whole optimizer step, whatever the batches; checkpoints hold the adapter and not the base; a
-    loss that is not finite stops the run.
+    What is ours: the batches follow a plan made beforehand; the loss is the sum over the learnt tokens (or the labels)
+    divided by their number in the whole optimizer step, whatever the batches; the processes of the adapter's methods
+    run along; checkpoints hold the adapter and not the base; a loss that is not finite stops the run.
     """
 
     optimizer: Any
@@ -50,17 +50,23 @@ class AdapterTrainer(Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        rows: Sequence[Rendered],
+        rows: Sequence[Row],
         batches: Sequence[list[int]],
-        collator: PackedCollator | PaddedCollator,
+        collator: Collator,
+        objective: Objective,
+        settings: TrainSection,
         adapter: str,
         reporting: Reporting,
+        processes: Processes,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=collator)
         self.rows, self.batches, self.collator, self.adapter = rows, batches, collator, adapter
-        self.reporting = reporting
+        self.objective, self.settings = objective, settings
+        self.reporting, self.processes = reporting, processes
+        self.add_callback(processes)
         self.add_callback(reporting)
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by what the whole step teaches
+        self._share = torch.zeros(())
 
     # ---- data
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -76,9 +82,9 @@ class AdapterTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The batches of one optimizer step, and how many tokens they teach on all processes."""
+        """The batches of one optimizer step, and how much they teach on all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        learnt = torch.tensor(sum(count_learnt(batch) for batch in batches), device=device)
+        learnt = torch.tensor(sum(self.objective.count(batch) for batch in batches), device=device)
         if self.args.world_size > 1:
             learnt = self.accelerator.gather(learnt).sum()
         self.reporting.begin_step(int(learnt))
@@ -92,11 +98,15 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The share of a batch in the mean over the step's learnt tokens."""
+        """The share of a batch in the mean over what the step teaches, and once in a step the methods' penalty."""
         assert num_items_in_batch is not None
-        loss = summed_loss(model, self.accelerator.unwrap_model(model), inputs) / num_items_in_batch
+        base = self.accelerator.unwrap_model(model)
+        loss = self.objective.summed(model, base, inputs) / num_items_in_batch
         # Data-parallel training averages over the processes what is meant to be summed.
-        return loss * self.args.world_size
+        loss = loss * self.args.world_size
+        self._share = loss.detach()
+        penalty = self.processes.penalty_once()
+        return loss if penalty is None else loss + penalty
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -107,7 +117,7 @@ class AdapterTrainer(Trainer):
         with packed(base) if "cu_seq_lens_q" in inputs else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
-        if not torch.isfinite(loss):
+        if not math.isfinite(value):
             path = Path(self.args.output_dir) / "bad_batch.json"
             write_json(
                 path,
@@ -126,7 +136,9 @@ class AdapterTrainer(Trainer):
             )
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        self.reporting.add_batch(value, tokens, count_learnt(inputs))
+        self.reporting.add_batch(
+            self._share.item(), tokens, self.objective.count(inputs), value - self._share.item()
+        )
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -135,47 +147,30 @@ class AdapterTrainer(Trainer):
 
     # ---- optimizer
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over what `lorakit.trainable` names; matrices decay, vectors do not."""
+        """AdamW over `lorakit.parameter_groups`: matrices decay, vectors do not; LoRA+ where a ratio is asked for."""
         optimizer: torch.optim.Optimizer | None = self.optimizer
         if optimizer is None:
-            named = trainable(self.model if model is None else model)
-            vectors = self._vectors()
-            matrices = [p for p in named.values() if id(p) not in vectors]
-            rest = [p for p in named.values() if id(p) in vectors]
-            decays = ((matrices, self.args.weight_decay), (rest, 0.0))
-            optimizer = torch.optim.AdamW(
-                [{"params": group, "weight_decay": decay} for group, decay in decays if group],
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-            )
+            groups = optimizer_groups(self.settings, self.model if model is None else model)
+            optimizer = torch.optim.AdamW(groups, betas=self.settings.betas, eps=self.args.adam_epsilon)
             self.optimizer = optimizer
         return optimizer
 
-    def _vectors(self) -> set[int]:
-        """The parameters that stand for a vector; a copy of one is kept as a matrix with a single column."""
-        return {
-            id(p)
-            for _, adapter in attachments_of(self.model).parameters_of(self.adapter)
-            for name, p in adapter._parameters.items()
-            if p is not None
-            and (p.dim() < 2 or (adapter.method.roles.get(name) == "copy" and p.shape[-1] == 1))
-        }
-
     # ---- checkpoints
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, which is all that changed, and what the reports have counted so far."""
+        """Write the adapter, which is all that changed, and where its processes and the reports are.
+
+        In lorakit's own form, number for number as it is in memory: PEFT's files leave out what only training needs.
+        """
         if self.args.should_save:
-            folder = save(
-                self.accelerator.unwrap_model(self.model),
-                output_dir or self.args.output_dir,
-                name=self.adapter,
-            )
-            write_json(folder / REPORTING, self.reporting.state())
+            state = state_of(self.accelerator.unwrap_model(self.model), self.adapter, copy=False)
+            folder = write(state, output_dir or self.args.output_dir, form="native")
+            self.processes.save(folder)
+            self.reporting.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Put a checkpoint's adapter into the parameters that are there, bit for bit."""
         state = read(resume_from_checkpoint)
+        self.processes.restore(Path(resume_from_checkpoint))
         self.reporting.restore(Path(resume_from_checkpoint))
         attachments = attachments_of(self.model if model is None else model)
         with torch.no_grad():
@@ -183,126 +178,6 @@ class AdapterTrainer(Trainer):
                 for name, parameter in adapter._parameters.items():
                     if parameter is not None:
                         parameter.copy_(state.parameters(path)[name])
-
-
-class Reporting(TrainerCallback):
-    """Writes ``metrics.jsonl``, tells the progress, and stops the run when its time is up or Ctrl-C was pressed."""
-
-    def __init__(
-        self,
-        metrics: MetricsFile,
-        progress: Progress,
-        *,
-        log_every: int,
-        eval_every: int | None,
-        max_seconds: float | None,
-        tokens: Sequence[int],
-        valid_loss: Callable[[], float] | None,
-    ) -> None:
-        """Make the callback.
-
-        Args:
-            metrics: Where lines go.
-            progress: Whom to tell.
-            log_every: Steps between lines.
-            eval_every: Steps between losses on the valid split; at the end in any case.
-            max_seconds: When to stop.
-            tokens: Tokens of each batch of the plan, for the time that is left.
-            valid_loss: Computes the loss on the valid split.
-        """
-        self.metrics, self.progress, self.tokens, self.valid_loss = metrics, progress, tokens, valid_loss
-        self.log_every, self.eval_every, self.max_seconds = log_every, eval_every, max_seconds
-        self.interrupted = threading.Event()
-        self.stopped_by: str | None = None
-        self.losses: list[float] = []
-        self.tokens_read = self.tokens_learnt = 0
-        self.seconds = 0.0
-        self._resting = 0.0
-        self._unlogged: list[tuple[float, int]] = []
-        self._loss, self._learnt, self._rate, self._began = 0.0, 0, 0.0, time.perf_counter()
-
-    # ---- counted by the trainer
-    def begin_step(self, learnt: int) -> None:
-        """An optimizer step begins that teaches so many tokens."""
-        self._loss, self._learnt = 0.0, learnt
-
-    def add_batch(self, loss: float, tokens: int, learnt: int) -> None:
-        """A batch went forward and backward; ``loss`` is its share of the step's mean."""
-        self._loss += loss
-        self.tokens_read += tokens
-        self.tokens_learnt += learnt
-
-    # ---- kept in checkpoints
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs to go on counting."""
-        return {
-            "tokens_read": self.tokens_read,
-            "tokens_learnt": self.tokens_learnt,
-            "seconds": self.seconds,
-            "losses": self.losses,
-            "unlogged": self._unlogged,
-        }
-
-    def restore(self, checkpoint: Path) -> None:
-        """Take up the counts of a checkpoint."""
-        state = json.loads((checkpoint / REPORTING).read_text(encoding="utf-8"))
-        self.tokens_read, self.tokens_learnt = state["tokens_read"], state["tokens_learnt"]
-        self.losses, self.seconds = state["losses"], state["seconds"]
-        self._unlogged = [(loss, learnt) for loss, learnt in state["unlogged"]]
-
-    # ---- called by transformers
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Start the clock."""
-        self._began = time.perf_counter() - self.seconds
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
-        """Note the learning rate that this step takes."""
-        self._rate = given["lr_scheduler"].get_last_lr()[0]
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Tell, write, and decide whether to go on."""
-        step, last = state.global_step, state.global_step == state.max_steps
-        self.seconds = time.perf_counter() - self._began - self._resting
-        self.losses.append(self._loss)
-        self._unlogged.append((self._loss, self._learnt))
-        left = sum(self.tokens[step * args.gradient_accumulation_steps :])
-        speed = self.tokens_read / self.seconds
-        self.progress.step(StepReport(step, state.max_steps, self._loss, speed, self.seconds, left / speed))
-        if self.interrupted.is_set() and not last:
-            self.stopped_by = "interrupt"
-        elif self.max_seconds is not None and self.seconds >= self.max_seconds and not last:
-            self.stopped_by = "max_seconds"
-        if self.stopped_by:
-            control.should_training_stop = control.should_save = True
-        if step % self.log_every == 0 or last:
-            self._log(step, speed)
-        due = last or (self.eval_every is not None and step % self.eval_every == 0)
-        if self.valid_loss is not None and due and self.stopped_by is None:
-            began = time.perf_counter()
-            value = self.valid_loss()
-            self._resting += time.perf_counter() - began
-            self.metrics.add({"step": step, "valid_loss": value})
-            self.progress.say(f"step {step}: valid loss {value:.4f}")
-
-    def _log(self, step: int, speed: float) -> None:
-        learnt = sum(n for _, n in self._unlogged)
-        self.metrics.add(
-            {
-                "step": step,
-                "loss": sum(loss * n for loss, n in self._unlogged) / max(1, learnt),
-                "learning_rate": self._rate,
-                "learnt_tokens": learnt,
-                "tokens_per_second": round(speed, 1),
-                "seconds": round(self.seconds, 3),
-            }
-        )
-        self._unlogged.clear()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The loss of a batch: cross-entropy of the learnt tokens, with logits at their positions only.
+"""The loss of a batch: cross-entropy of the learnt tokens, with logits at their positions only, or of the labels.
 
 With a vocabulary of 49,152 the head is a third of a small model's work, and only the positions before learnt tokens
 need it. The result is the same to the last bit of the sum's order.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,21 @@ from lorakit.train.render import IGNORED, Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the mean of a loss over all that an optimizer step teaches, however it is cut into batches.
+
+    Attributes:
+        summed: The sum of the loss over a batch; called with the model or its wrapper, the model itself, the batch.
+        count: How much a batch teaches.
+        unit: What is counted.
+    """
+
+    summed: Callable[[nn.Module, PreTrainedModel, Mapping[str, Tensor]], Tensor]
+    count: Callable[[Mapping[str, Tensor]], int]
+    unit: str
 
 
 def next_token_labels(labels: Tensor) -> Tensor:
@@ -62,6 +78,21 @@ def summed_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Ten
 def count_learnt(batch: Mapping[str, Tensor]) -> int:
     """How many tokens of a batch are learnt."""
     return int((next_token_labels(batch["labels"]) != IGNORED).sum())
+
+
+def summed_label_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The sum of ``-log p`` over the labels ``(rows,)`` of a batch; a scalar."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="sum")
+
+
+def count_labels(batch: Mapping[str, Tensor]) -> int:
+    """How many rows a batch has, which is how many labels it teaches."""
+    return len(batch["labels"])
+
+
+NEXT_TOKEN = Objective(summed_loss, count_learnt, "token")
+LABEL = Objective(summed_label_loss, count_labels, "row")
 
 
 def mean_loss(

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from lorakit.attach import merge, use
-from lorakit.errors import ConfigError, MergeError
+from lorakit.errors import ConfigError, MergeError, listing
+from lorakit.io import read
 from lorakit.io.model_files import load
-from lorakit.models import load_model, load_tokenizer, resolve
+from lorakit.models import ResolvedModel, load_classifier, load_model, load_tokenizer, resolve
+from lorakit.train.classifying import adapter_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +58,8 @@ def merge_to_folder(
 ) -> MergeResult:
     """Merge adapters into a base model and save it with its tokenizer, as transformers saves any model.
 
-    The folder appears whole or not at all. What was saved is read back and run beside the unmerged model.
+    The folder appears whole or not at all. What was saved is read back and run beside the unmerged model. An adapter
+    that `lorakit train` made for classification gives a classifier, with the names of its labels.
 
     Args:
         model: The base: a folder, a built-in name or a hub id.
@@ -67,7 +70,8 @@ def merge_to_folder(
         overwrite: Replace what is in ``out``.
 
     Raises:
-        ConfigError: ``out`` is in use, or the numbers of adapters and weights differ.
+        ConfigError: ``out`` is in use, the numbers of adapters and weights differ, or the adapters are for different
+            labels.
         AdapterFileError: An adapter cannot be read, or belongs to another model.
         MergeError: An adapter has no weight form or holds a NaN, or the saved model does not compute the same.
     """
@@ -81,9 +85,11 @@ def merge_to_folder(
         raise ConfigError(
             f"{out} exists and is not empty: name another folder, or overwrite it (--overwrite)."
         )
+    _refuse_loftq(adapters)
     resolved = resolve(model)
     _check_apart(out, [Path.cwd(), *map(Path, adapters), *([resolved.path] if resolved.path else [])])
-    loaded = load_model(resolved, dtype=dtype)
+    labels = _labels(adapters)
+    loaded = _load(resolved, labels, dtype)
     tokenizer = load_tokenizer(resolved)
     mix = {f"adapter{i}": weight for i, weight in enumerate(weights)}
     for name, adapter in zip(mix, adapters, strict=True):
@@ -103,7 +109,7 @@ def merge_to_folder(
         loaded.save_pretrained(part)
         tokenizer.save_pretrained(part)
         del loaded
-        again = load_model(part, dtype=dtype, device=probe.device)
+        again = _load(resolve(part), labels, dtype, probe.device)
         saved_difference = _difference(_logits(again, probe), beside)
         largest = float(beside.abs().max())
         _check(saved_difference, largest, again.dtype)
@@ -114,6 +120,50 @@ def merge_to_folder(
         shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return MergeResult(out, merged_difference, saved_difference, largest, _difference(base, beside), size)
+
+
+def _refuse_loftq(adapters: Sequence[str | Path]) -> None:
+    """An adapter that LoftQ started makes up for the errors of one quantised base, which is not the one named here.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for adapter in adapters:
+        if "loftq" in read(adapter).spec.info:
+            raise ConfigError(
+                f"{adapter} was started by LoftQ: it belongs to the quantised base that it was trained on, not to the "
+                "dense one that would be merged into. Score and use it by its recipe."
+            )
+
+
+def _labels(adapters: Sequence[str | Path]) -> tuple[str, ...] | None:
+    """The labels that the adapters tell apart; None when they are no classifiers.
+
+    Raises:
+        ConfigError: They are of different kinds.
+    """
+    first, *others = found = [adapter_labels(adapter) for adapter in adapters]
+    for adapter, labels in zip(adapters[1:], others, strict=True):
+        if labels != first:
+            raise ConfigError(
+                f"{adapters[0]} {_task(first)}, and {adapter} {_task(labels)}: these cannot be one model."
+            )
+    return found[0]
+
+
+def _task(labels: tuple[str, ...] | None) -> str:
+    return "is no classifier" if labels is None else f"tells apart {listing(labels)}"
+
+
+def _load(
+    resolved: ResolvedModel,
+    labels: tuple[str, ...] | None,
+    dtype: str,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    if labels is None:
+        return load_model(resolved, dtype=dtype, device=device)
+    return load_classifier(resolved, labels, dtype=dtype, device=device).model
 
 
 def _check_apart(out: Path, inputs: Sequence[Path]) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, get_type_hints
 
 from pydantic import Field, create_model
@@ -93,7 +93,10 @@ def _wrapped(field: dataclasses.Field[Any]) -> type[Method] | None:
 
 def _field(field: dataclasses.Field[Any], meaning: str) -> Any:
     if field.default_factory is not dataclasses.MISSING:
-        return Field(default_factory=field.default_factory, description=meaning)
+        made = field.default_factory()
+        # A method keeps its mappings in a class of its own, for which pydantic has no words.
+        factory = partial(dict, made) if isinstance(made, Mapping) else field.default_factory
+        return Field(default_factory=factory, description=meaning)
     if field.default is dataclasses.MISSING:
         return Field(description=meaning)
     return Field(default=field.default, description=meaning)
@@ -118,7 +121,14 @@ def _build(name: str, settings: Mapping[str, Any]) -> Method:
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """The ``Attributes:`` section of a docstring: name to its text on one line."""
+    """The ``Attributes:`` sections of a class and of those it inherits from: name to its text on one line."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        found |= _own_attribute_docs(base)
+    return found
+
+
+def _own_attribute_docs(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     name = None
     _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")

@@ -10,12 +10,19 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, mod
 
 from lorakit.core import Method
 from lorakit.errors import ConfigError
+from lorakit.train.data_sections import BuiltinData, DataSection, FileData, LabelledData
 from lorakit.train.method_settings import MethodSection, method_section
-from lorakit.train.sections import InputPath, Section
+from lorakit.train.sections import Section
 
 Targets = str | list[str]
-Format = Literal["auto", "messages", "prompt_completion", "generate", "text2sql"]
-Metric = Literal["execution_accuracy", "exact_match", "bleu", "nist", "loss"]
+TaskName = Literal["causal-lm", "classification"]
+Metric = Literal["execution_accuracy", "exact_match", "bleu", "nist", "loss", "accuracy", "macro_f1"]
+METRICS: dict[TaskName, tuple[Metric, ...]] = {
+    "causal-lm": ("execution_accuracy", "exact_match", "bleu", "nist", "loss"),
+    "classification": ("accuracy", "macro_f1", "loss"),
+}
+
+_BESIDE_GROUPS = ("name", "exclude", "start_batches", "loftq_iterations")
 
 
 def _choose(value: Any, base: type[MethodSection], context: Mapping[str, Any] | None = None) -> Any:
@@ -45,6 +52,11 @@ class ModelSection(Section):
         default=None, description="`cpu`, `cuda`, ...; by default CUDA if there is one."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        description="Keep the weights of the linear layers in four bits (`nf4`, QLoRA) or eight (`int8`); heads stay "
+        "dense.",
+    )
 
 
 class AdapterSection(MethodSection):
@@ -59,6 +71,17 @@ class AdapterSection(MethodSection):
     exclude: Targets | None = Field(
         default=None, description="What to leave out of `targets`, in the same form."
     )
+    start_batches: int = Field(
+        default=8,
+        ge=1,
+        description="First batches of the training data, on which the starts `eva` and `lora_ga` are computed.",
+    )
+    loftq_iterations: int = Field(
+        default=0,
+        ge=0,
+        description="LoftQ: with `model.quantize`, start where base and adapter together are nearest to the old "
+        "weights, found in so many turns (5 is usual); only the adapted layers are quantised. 0 for none.",
+    )
     groups: dict[str, Annotated[SerializeAsAny[MethodSection], BeforeValidator(_choose_group)]] | None = (
         Field(
             default=None,
@@ -70,7 +93,7 @@ class AdapterSection(MethodSection):
     @model_validator(mode="after")
     def _check(self) -> AdapterSection:
         if self.groups is not None:
-            beside = self.model_fields_set - {"name", "exclude", "groups"}
+            beside = self.model_fields_set - {*_BESIDE_GROUPS, "groups"}
             if beside:
                 raise ConfigError(
                     f"groups names the methods and targets itself: move {', '.join(sorted(beside))} into a group."
@@ -85,55 +108,6 @@ class AdapterSection(MethodSection):
         if self.groups is None:
             return self.build()
         return {key: group.build() for key, group in self.groups.items()}
-
-
-class DataSection(Section):
-    """Where examples come from. With ``builtin`` it is a `BuiltinData`, else a `FileData`."""
-
-
-class BuiltinData(DataSection):
-    """A built-in task: its examples are made, not read."""
-
-    builtin: Literal["text_to_sql"] = Field(description="Its name; `text_to_sql` is there.")
-    train: int = Field(default=1000, ge=0, description="Examples to train on.")
-    valid: int = Field(default=0, ge=0, description="Examples for the loss during training; 0 for none.")
-    test: int = Field(default=200, ge=0, description="Examples to score.")
-    seed: int = Field(default=0, description="Another seed asks other questions about the same tables.")
-
-
-class FileData(DataSection):
-    """JSON lines files, plain or gzipped."""
-
-    train: InputPath | None = Field(default=None, description="File to train on.")
-    valid: InputPath | None = Field(default=None, description="File for the loss during training.")
-    test: InputPath | None = Field(default=None, description="File to score.")
-    format: Format = Field(
-        default="auto", description="What the rows hold; `auto` tells by the keys of the first row."
-    )
-    databases: InputPath | None = Field(
-        default=None, description="`text2sql`: folder of `DB_ID.sqlite` files."
-    )
-    schemas: InputPath | None = Field(
-        default=None, description="`text2sql`: JSON file from `db_id` to CREATE TABLE text."
-    )
-    references: Literal["all", "first"] = Field(
-        default="all", description="`generate`: train on each of a row's references, or on the first."
-    )
-    learn: Literal["all", "last"] = Field(
-        default="all", description="`messages`: learn every answer of a conversation, or the last one only."
-    )
-    system: str | None = Field(default=None, description="System message put before rows that have none.")
-    max_rows: dict[Literal["train", "valid", "test"], int] = Field(
-        default_factory=dict, description="Read only the first rows of a split: `{train: 100}`."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> FileData:
-        if self.train is None and self.valid is None and self.test is None:
-            raise ConfigError("name at least one file: train, valid or test; or a built-in task: builtin.")
-        if any(rows < 1 for rows in self.max_rows.values()):
-            raise ConfigError("max_rows must be at least 1.")
-        return self
 
 
 class TrainSection(Section):
@@ -169,6 +143,19 @@ class TrainSection(Section):
         ge=0,
         description="Share of the steps (below 1), or number of steps (from 1), with a rising rate.",
     )
+    lora_plus_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        description="LoRA+: the learning rate of `B` divided by that of `A`; 16 is a first try. 1 is plain AdamW.",
+    )
+    fast: list[str] = Field(
+        default_factory=lambda: ["B"],
+        description="LoRA+: roles of the parameters that learn faster by that ratio (`A`, `B`, `magnitude`, `bias`, "
+        "`copy`); `official` is `B` and every vector, as in the authors' code.",
+    )
+    embedding_lr: float | None = Field(
+        default=None, gt=0, description="Learning rate of adapted embeddings; by default that of the rest."
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's, on matrices only.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's.")
     max_grad_norm: float = Field(
@@ -198,6 +185,10 @@ class TrainSection(Section):
     def _check(self) -> TrainSection:
         if self.epochs is not None and self.max_steps is not None:
             raise ConfigError("epochs and max_steps say the same thing: give one of them.")
+        if self.fast != ["B"] and self.lora_plus_ratio == 1:
+            raise ConfigError(
+                "fast says what learns faster, but by no ratio: set lora_plus_ratio, such as 16."
+            )
         return self
 
 
@@ -221,7 +212,8 @@ class EvaluateSection(Section):
 
     metrics: list[Metric] | None = Field(
         default=None,
-        description="Of `execution_accuracy`, `exact_match`, `bleu`, `nist`, `loss`; by default what fits the data.",
+        description="Of `execution_accuracy`, `exact_match`, `bleu`, `nist`, `loss`; to classify, of `accuracy`, "
+        "`macro_f1`, `loss`. By default what fits the data.",
     )
     limit: int | None = Field(default=None, ge=1, description="Score only the first examples of the split.")
 
@@ -233,7 +225,9 @@ def _choose_adapter(value: Any, info: ValidationInfo) -> Any:
 def _choose_data(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, Mapping):
         return value
-    kind = BuiltinData if "builtin" in value else FileData
+    kind: type[DataSection] = BuiltinData if "builtin" in value else FileData
+    if info.data.get("task") == "classification":
+        kind = LabelledData
     return kind.model_validate(value, context=info.context)
 
 
@@ -252,6 +246,10 @@ def _named_model(value: Any, info: ValidationInfo) -> Any:
 class Recipe(Section):
     """Everything about a run."""
 
+    task: TaskName = Field(
+        default="causal-lm",
+        description="`causal-lm`: to write. `classification`: to tell labels apart, with a trained head.",
+    )
     model: Annotated[ModelSection, BeforeValidator(_named_model)] = Field(description="The base model.")
     adapter: Annotated[SerializeAsAny[AdapterSection], BeforeValidator(_choose_adapter)] = Field(
         default_factory=lambda: _choose({}, AdapterSection), description="What is trained."
@@ -263,6 +261,21 @@ class Recipe(Section):
     generate: GenerateSection = Field(default_factory=GenerateSection, description="How answers are written.")
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="What is measured.")
     output: Path = Field(description="Folder of the results, relative to the current folder.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        if self.adapter.loftq_iterations and self.model.quantize is None:
+            raise ConfigError(
+                "adapter.loftq_iterations makes up for quantising: set model.quantize to nf4 or int8."
+            )
+        strange = [m for m in self.evaluate.metrics or () if m not in METRICS[self.task]]
+        if strange:
+            raise ConfigError(
+                f"{strange[0]} is no metric for task: {self.task}; there are {', '.join(METRICS[self.task])}."
+            )
+        if self.task == "classification" and self.train.batching == "packed":
+            raise ConfigError("train.batching: packed is for causal-lm; texts to classify are padded.")
+        return self
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -298,5 +311,5 @@ class Recipe(Section):
         """The recipe as JSON can hold it, every default written out."""
         plain = self.model_dump(mode="json")
         if self.adapter.groups is not None:  # which stand in place of one method
-            plain["adapter"] = {key: plain["adapter"][key] for key in ("name", "exclude", "groups")}
+            plain["adapter"] = {key: plain["adapter"][key] for key in (*_BESIDE_GROUPS, "groups")}
         return plain

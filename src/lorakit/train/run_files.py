@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigError, TrainingError
-from lorakit.train.render import Rendered, RenderedSet
 
 if TYPE_CHECKING:
     from lorakit.attach import AttachReport
     from lorakit.train.recipe import Recipe
+    from lorakit.train.task import Row, RowSet
 
 _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 _STATE = "trainer_state.json"  # what transformers writes last into a checkpoint
@@ -96,16 +96,16 @@ def _processor() -> str:
         return platform.processor()
 
 
-def rows_hash(rows: Iterable[Rendered]) -> str:
-    """A SHA-256 of what is trained on: ids and labels in their order."""
-    digest = hashlib.sha256()
+def rows_hash(rows: Iterable[Row], names: Sequence[str] = ()) -> str:
+    """A SHA-256 of what is trained on: ids and labels in their order, and the names of the labels."""
+    digest = hashlib.sha256(json.dumps(names).encode() if names else b"")
     for row in rows:
         digest.update(json.dumps([row.ids, row.labels]).encode())
     return digest.hexdigest()
 
 
 def run_record(
-    recipe: Recipe, rows: RenderedSet, data_hash: str, steps: int, report: AttachReport
+    recipe: Recipe, rows: RowSet, data_hash: str, steps: int, report: AttachReport
 ) -> dict[str, Any]:
     """What ``run.json`` says before the first step."""
     settings = recipe.train
@@ -123,7 +123,7 @@ def run_record(
         "data": {
             "rows": len(rows.rows),
             "tokens": rows.tokens,
-            "learnt_tokens": rows.learnt,
+            "learnt": rows.learnt,
             "longest": rows.longest,
             "dropped": rows.dropped,
             "truncated": rows.truncated,
@@ -233,13 +233,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> Path | None:
+def plot_loss(
+    metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "", unit: str = "token"
+) -> Path | None:
     """Draw the loss over the steps as a picture; None where matplotlib is missing or there is nothing to draw.
 
     Args:
         metrics: Lines of ``metrics.jsonl``.
         path: Of the picture.
         title: Over it.
+        unit: What is learnt, see `lorakit.train.loss.Objective`.
     """
     train = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     valid = [(line["step"], line["valid_loss"]) for line in metrics if "valid_loss" in line]
@@ -254,7 +257,7 @@ def plot_loss(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "")
     axes.plot(*zip(*train, strict=True), color="#3f51b5", linewidth=1.6, label="train")
     if valid:
         axes.plot(*zip(*valid, strict=True), color="#e65100", marker="o", linewidth=1.6, label="valid")
-    axes.set(xlabel="step", ylabel="loss per learnt token (nats)", title=title)
+    axes.set(xlabel="step", ylabel=f"loss per learnt {unit} (nats)", title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

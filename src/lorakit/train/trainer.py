@@ -5,24 +5,25 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.attach import AttachReport, attach, detach
+from lorakit.attach import AttachReport, detach, training_processes
 from lorakit.attach.attachments import attachments_of
+from lorakit.core import AdapterState, TrainingProcess
 from lorakit.errors import ConfigError
 from lorakit.io.model_files import save
-from lorakit.models import BUILTINS, load_model, load_tokenizer, resolve
-from lorakit.train.arguments import arguments, checkpoint_activations, without_printing
+from lorakit.models import BUILTINS, load_tokenizer, resolve
+from lorakit.train.arguments import arguments, checkpoint_activations, optimizer_groups, without_printing
 from lorakit.train.batches import plan_batches
-from lorakit.train.collate import Collator, PaddedCollator, choose_collator
-from lorakit.train.data import has_split, load_examples
-from lorakit.train.loss import mean_loss
+from lorakit.train.classification import Classification
+from lorakit.train.collate import PackedCollator
+from lorakit.train.data import has_split
 from lorakit.train.progress import Progress, Silent
+from lorakit.train.quantized_base import check_handed_in, quantize_base
 from lorakit.train.recipe import Recipe, TrainSection
-from lorakit.train.render import Rendered, RenderedSet, render, stop_id
 from lorakit.train.run_files import (
     MetricsFile,
     checkpoint_to_resume,
@@ -33,12 +34,13 @@ from lorakit.train.run_files import (
     run_record,
     write_json,
 )
-from lorakit.train.stop_token import stop_token_warning
+from lorakit.train.starts import Batch, attach_adapter
+from lorakit.train.task import CausalLm, Row, RowSet, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorakit.train.loop import Reporting
+    from lorakit.train.reporting import Reporting
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class TrainResult:
         steps: Optimizer steps done, those before a resume included.
         seconds: Spent training, without loading and without scoring.
         tokens: Tokens read.
-        learnt_tokens: Of these, tokens that were learnt.
-        losses: Mean loss over the learnt tokens of each step, in nats.
+        learnt_tokens: Of these, tokens that were learnt; for a classifier, rows.
+        losses: Mean loss over what each step taught, in nats.
         valid_loss: The last one measured, if the recipe names a valid split.
         stopped_by: ``"max_seconds"`` or ``"interrupt"`` when the run ended before its last step.
         report: What was attached.
@@ -130,39 +132,48 @@ def train(
     settings = recipe.train
     resolved = resolve(recipe.model.name) if model is None or tokenizer is None else None
     tokenizer = tokenizer or load_tokenizer(resolved or recipe.model.name, revision=recipe.model.revision)
-    rows = _rows(recipe, tokenizer, "train")
+    task: Task = Classification(recipe) if recipe.task == "classification" else CausalLm(recipe)
+    rows = task.rows(tokenizer, "train")
     progress.say(f"train: {rows}")
-    valid = _rows(recipe, tokenizer, "valid") if has_split(recipe.data, "valid") else None
+    valid = task.rows(tokenizer, "valid") if has_split(recipe.data, "valid") else None
     if valid is not None:
         progress.say(f"valid: {valid}")
-    data_hash = rows_hash(rows.rows)
+    data_hash = rows_hash(rows.rows, task.info().get("labels", ()))
     checkpoint = checkpoint_to_resume(folder, recipe.plain(), data_hash) if resume else None
+    start = None
     if model is None:
-        model = load_model(
-            resolved or recipe.model.name,
-            dtype=recipe.model.dtype,
-            device=recipe.model.device,
-            revision=recipe.model.revision,
-        )
+        model = task.load(resolved or recipe.model.name)
+        told, start = quantize_base(model, recipe, task.head)
+        if told is not None:
+            progress.say(told)
+    else:
+        check_handed_in(model, recipe)
+        task.accept(model)
     _check_length(model, rows)
-    collator = _collator(settings, model, tokenizer, progress)
-    report = _attach(recipe, model)
+    collator, reason = task.collator(model, tokenizer)
+    if reason is not None:
+        progress.say(f"batches are padded: {reason}")
+    batches = _plan(settings, rows.rows, not isinstance(collator, PackedCollator))
+    steps = -(-len(batches) // settings.accumulation)
+    first = [[rows.rows[i] for i in batch] for batch in batches[: recipe.adapter.start_batches]]
+    report = _attach(task, model, start, lambda: map(collator, first))
     progress.say(str(report))
-    warning = stop_token_warning(model, tokenizer, stop_id(tokenizer), recipe.adapter.name)
+    warning = task.warning(model, tokenizer)
     if warning is not None:
         progress.say(warning)
-    batches = _plan(settings, rows.rows, isinstance(collator, PaddedCollator))
-    steps = -(-len(batches) // settings.accumulation)
+    beside = _processes(recipe, model, steps)
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
         _clear(folder)
     done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if checkpoint is not None:
         progress.say(f"resuming after step {done} of {steps}")
-    record = run_record(recipe, rows, data_hash, steps, report)
+    record = {**run_record(recipe, rows, data_hash, steps, report), "info": dict(task.info())}
     write_json(folder / "run.json", record)
 
-    from lorakit.train.loop import AdapterTrainer, Reporting, finish_on_interrupt
+    from lorakit.train.loop import AdapterTrainer, finish_on_interrupt
+    from lorakit.train.processes import Processes
+    from lorakit.train.reporting import Reporting
 
     reporting = Reporting(
         MetricsFile(folder / "metrics.jsonl", keep_steps=done),
@@ -171,10 +182,21 @@ def train(
         eval_every=settings.eval_every,
         max_seconds=settings.max_seconds,
         tokens=[sum(len(rows.rows[i].ids) for i in batch) for batch in batches],
-        valid_loss=None if valid is None else lambda: mean_loss(model, valid.rows, collator, settings),
+        unit=task.objective.unit,
+        measure=None if valid is None else lambda: task.measure(model, valid.rows, collator),
     )
-    options = arguments(settings, folder, steps, model)
-    trainer = AdapterTrainer(model, options, rows.rows, batches, collator, recipe.adapter.name, reporting)
+    trainer = AdapterTrainer(
+        model,
+        arguments(settings, folder, steps, model),
+        rows.rows,
+        batches,
+        collator,
+        task.objective,
+        settings,
+        recipe.adapter.name,
+        reporting,
+        Processes(beside),
+    )
     without_printing(trainer)
     if settings.activation_checkpointing:
         checkpoint_activations(model, True)
@@ -195,7 +217,7 @@ def train(
         model.eval()
         if settings.activation_checkpointing:
             checkpoint_activations(model, False)
-    result = _finish(recipe, model, tokenizer, report, reporting)
+    result = _finish(recipe, model, tokenizer, report, reporting, task.objective.unit)
     write_json(folder / "run.json", {**record, "ended": result.plain()})
     return result
 
@@ -206,6 +228,7 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     report: AttachReport,
     reporting: Reporting,
+    unit: str,
 ) -> TrainResult:
     """Save the adapter and draw the loss."""
     folder, name = recipe.output, recipe.adapter.name
@@ -224,7 +247,7 @@ def _finish(
         valid_loss=valid_losses[-1] if valid_losses else None,
         stopped_by=reporting.stopped_by,
         report=report,
-        plot=plot_loss(metrics, folder / "loss.png", f"{recipe.model.name}, adapter {name!r}"),
+        plot=plot_loss(metrics, folder / "loss.png", f"{recipe.model.name}, adapter {name!r}", unit),
         model=model,
         tokenizer=tokenizer,
     )
@@ -250,12 +273,7 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def _rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: Any) -> RenderedSet:
-    examples = load_examples(recipe.data, split, learning=True)
-    return render(examples, tokenizer, max_length=recipe.train.max_length, overlong=recipe.train.overlong)
-
-
-def _check_length(model: PreTrainedModel, rows: RenderedSet) -> None:
+def _check_length(model: PreTrainedModel, rows: RowSet) -> None:
     most = getattr(model.config, "max_position_embeddings", None)
     longest = max(len(row.ids) for row in rows.rows)
     if isinstance(most, int) and longest > most:
@@ -264,35 +282,51 @@ def _check_length(model: PreTrainedModel, rows: RenderedSet) -> None:
         )
 
 
-def _collator(
-    settings: TrainSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> Collator:
-    collator, reason = choose_collator(settings.batching, model, tokenizer)
-    if reason is not None:
-        progress.say(f"batches are padded: {reason}")
-    return collator
-
-
-def _attach(recipe: Recipe, model: PreTrainedModel) -> AttachReport:
-    section, settings = recipe.adapter, recipe.train
-    seed = settings.seed if settings.init_seed is None else settings.init_seed
-    report = attach(
-        model, section.adapter(), section.targets, name=section.name, exclude=section.exclude, seed=seed
+def _attach(
+    task: Task, model: PreTrainedModel, start: AdapterState | None, batches: Callable[[], Iterable[Batch]]
+) -> AttachReport:
+    section, settings = task.recipe.adapter, task.recipe.train
+    adapter, targets = task.adapter(model)
+    report = attach_adapter(
+        model,
+        adapter,
+        targets,
+        name=section.name,
+        exclude=section.exclude,
+        seed=settings.seed if settings.init_seed is None else settings.init_seed,
+        start=start,
+        batches=batches,
+        objective=task.objective,
     )
-    if not report.trainable:
+    try:
+        if not report.trainable:
+            raise ConfigError("The adapter has nothing to train.")
+        task.check(model, report)
+    except ConfigError:
         detach(model, section.name)
-        raise ConfigError("The adapter has nothing to train.")
+        raise
     attached = attachments_of(model).adapter(section.name)
     # Written into the adapter's files: the model's public name rather than a folder of this machine's cache.
-    attached.spec = dataclasses.replace(attached.spec, base=_public_name(recipe.model.name))
+    base = _public_name(task.recipe.model.name)
+    attached.spec = dataclasses.replace(attached.spec, base=base, info={**attached.spec.info, **task.info()})
     return report
+
+
+def _processes(recipe: Recipe, model: PreTrainedModel, steps: int) -> list[TrainingProcess]:
+    """What runs along; whatever does not fit the model or the number of steps is told before anything is written."""
+    try:
+        optimizer_groups(recipe.train, model)
+        return training_processes(model, recipe.adapter.name, total_steps=steps)
+    except ConfigError:
+        detach(model, recipe.adapter.name)
+        raise
 
 
 def _public_name(name: str) -> str:
     return BUILTINS[name].hub_id if name in BUILTINS else name
 
 
-def _plan(settings: TrainSection, rows: Sequence[Rendered], padded: bool) -> list[list[int]]:
+def _plan(settings: TrainSection, rows: Sequence[Row], padded: bool) -> list[list[int]]:
     lengths = [len(row.ids) for row in rows]
     per_batch = settings.batch_rows or (None if settings.batch_tokens else 16)
     most = None if settings.max_steps is None else settings.max_steps * settings.accumulation

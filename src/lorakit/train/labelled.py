@@ -1,0 +1,215 @@
+"""Texts with labels, from a recipe's tables to the rows that a classifier is trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorakit.errors import DataError, listing, near_matches
+from lorakit.train.data import Split, file_of
+from lorakit.train.data_sections import LabelledData
+from lorakit.train.tables import read_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One row of a table.
+
+    Attributes:
+        place: File and line.
+        text: What is classified.
+        second: The second text, where pairs are.
+        label: Its name; a whole number as its digits.
+    """
+
+    place: str
+    text: str
+    second: str | None
+    label: str
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """One row as the model sees it.
+
+    Attributes:
+        id: Its place.
+        ids: Token ids.
+        labels: The number of its label, alone.
+        types: For each token which text it belongs to, where the model wants to know.
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    types: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """All rows of a split, and what was done about long ones.
+
+    Attributes:
+        rows: Those that are left.
+        names: The labels, in the order of the logits.
+        longest: Tokens of the longest row before anything was cut.
+        truncated: Rows that were cut to the greatest length.
+        dropped: Rows that were left out because they are longer.
+    """
+
+    rows: tuple[LabelledRow, ...]
+    names: tuple[str, ...]
+    longest: int
+    truncated: int = 0
+    dropped: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def learnt(self) -> int:
+        """How many labels are learnt: one a row."""
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        counts = Counter(row.labels[0] for row in self.rows)
+        shares = [f"{name} {100 * counts[i] / len(self.rows):.0f} %" for i, name in enumerate(self.names)]
+        words = (
+            f"{len(self.rows):,} rows, {self.tokens:,} tokens ({self.tokens / len(self.rows):.0f} a row, "
+            f"longest {self.longest}), {len(self.names)} labels: {listing(shares, most=12)}"
+        )
+        if self.dropped:
+            words += f"; {self.dropped} longer rows left out"
+        if self.truncated:
+            words += f"; {self.truncated} longer rows cut"
+        return words
+
+
+def load_texts(data: LabelledData, split: Split) -> list[LabelledText]:
+    """The rows of a split.
+
+    Raises:
+        DataError: A file is missing or malformed, or a row has no text or no label; the message names the line.
+        ConfigError: The recipe names no such split.
+    """
+    return [
+        LabelledText(
+            place,
+            _text(row, data.text, "text", place),
+            None if data.second_text is None else _text(row, data.second_text, "second_text", place),
+            _label(row, data.label, place),
+        )
+        for place, row in read_table(file_of(data, split), data.format, data.max_rows.get(split))
+    ]
+
+
+def label_names(texts: Sequence[LabelledText]) -> tuple[str, ...]:
+    """The labels that occur: whole numbers by size, words by the alphabet.
+
+    Raises:
+        DataError: There is only one.
+    """
+    names = {text.label for text in texts}
+    if len(names) < 2:
+        raise DataError(
+            f"All {len(texts)} rows to train on have the label {min(names)!r}: there is nothing to tell apart."
+        )
+    numbers = all(name.removeprefix("-").isdecimal() for name in names)
+    return tuple(sorted(names, key=int if numbers else str))
+
+
+def tokenize(
+    texts: Sequence[LabelledText],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    overlong: Literal["drop", "truncate", "error"] = "truncate",
+) -> LabelledSet:
+    """Rows of token ids.
+
+    Args:
+        texts: At least one.
+        names: The labels in the order of the logits.
+        tokenizer: The model's.
+        max_length: Most tokens of a row; never more than the tokenizer says its model reads.
+        overlong: What to do with a longer one: leave it out, cut the end of its (longer) text off, or stop.
+
+    Raises:
+        DataError: A label is not among ``names``, a row is too long, or none is left.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    most = min(max_length, tokenizer.model_max_length)
+    rows, cut, longest = [], [], 0
+    for text in texts:
+        if text.label not in number:
+            raise DataError(
+                f"{text.place}: the label {text.label!r} is none of those of the training data."
+                f"{near_matches(text.label, names)} Those are: {listing(names, most=20)}."
+            )
+        encoded = tokenizer(text.text, text.second, verbose=False)
+        length = len(encoded["input_ids"])
+        longest = max(longest, length)
+        if length > most:
+            cut.append(text.place)
+            if overlong == "drop":
+                continue
+            encoded = tokenizer(text.text, text.second, truncation=True, max_length=most)
+        types = encoded.get("token_type_ids")
+        rows.append(
+            LabelledRow(
+                text.place,
+                tuple(encoded["input_ids"]),
+                (number[text.label],),
+                None if types is None else tuple(types),
+            )
+        )
+    advice = (
+        f"The longest has {longest} tokens; at most {most} are read (train.max_length, and the model's own)."
+    )
+    if cut and overlong == "error":
+        raise DataError(f"{len(cut)} rows are too long: {listing(cut, most=4)}. {advice}")
+    if not rows:
+        raise DataError(f"No row is left: all {len(texts)} are too long. {advice}")
+    return LabelledSet(
+        tuple(rows),
+        tuple(names),
+        longest,
+        truncated=len(cut) if overlong == "truncate" else 0,
+        dropped=len(cut) if overlong == "drop" else 0,
+    )
+
+
+def _value(row: Mapping[str, Any], column: str, key: str, place: str) -> Any:
+    if column not in row:
+        raise DataError(
+            f"{place}: {column!r} is missing.{near_matches(column, row)} The row has: {listing(row)}. "
+            f"data.{key} names the column."
+        )
+    return row[column]
+
+
+def _text(row: Mapping[str, Any], column: str, key: str, place: str) -> str:
+    value = _value(row, column, key, place)
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {column!r} must be text, not {type(value).__name__}.")
+    if not value.strip():
+        raise DataError(f"{place}: {column!r} is empty.")
+    return value
+
+
+def _label(row: Mapping[str, Any], column: str, place: str) -> str:
+    value = _value(row, column, "label", place)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise DataError(f"{place}: {column!r} must be a word or a whole number; found {value!r}.")
+    label = str(value).strip()
+    if not label:
+        raise DataError(f"{place}: {column!r} is empty.")
+    return label
