@@ -11,5 +11,13 @@ NAMES = (
     "merge",
     "mixed_batch",
     "dora",
+    "adalora",
     "embeddings",
+    "combine",
+    "convert",
+    "nf4",
+    "qlora_memory",
 )
+
+STUDIES = ("plan_memory", "trec")
+"""Run by hand: they take minutes, and data or memory of their own."""

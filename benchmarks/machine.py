@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from lorakit.ops.native.load import status
+
 
 def machine() -> dict[str, Any]:
     """CPU, cores and operating system."""
@@ -27,7 +29,7 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Of Python and of the packages that matter here."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "peft", "transformers", "safetensors", "accelerate", "lorakit"):
+    for package in ("torch", "peft", "transformers", "safetensors", "accelerate", "bitsandbytes", "lorakit"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -36,6 +38,7 @@ def versions() -> dict[str, str | None]:
         import lorakit
 
         found["lorakit"] = lorakit.__version__
+    found["lorakit kernels"] = status().state
     return found
 
 

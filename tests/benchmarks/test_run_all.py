@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import NAMES
+from benchmarks import NAMES, STUDIES
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_every_file_is_run() -> None:
     others = {"__init__", "harness", "machine", "subjects", "table", "run_all"}
-    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - others == set(NAMES)
+    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - others == {*NAMES, *STUDIES}
 
 
 @pytest.mark.slow
@@ -31,4 +31,5 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     assert told["quick"] is True
     assert told["measurements"]
     for measurement in told["measurements"]:
-        assert {"lorakit", "peft"} <= set(measurement["sides"])
+        assert "lorakit" in measurement["sides"]
+        assert len(measurement["sides"]) > 1
