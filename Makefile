@@ -9,6 +9,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+KERNELS := $(VENV)/.kernels
 
 # transformers and the Hub must not phone home while tests and documentation run.
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -16,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format docs bench clean distclean
+.PHONY: help setup demo test check format docs bench kernels clean distclean
 
 help:  ## this list
 	@printf 'lorakit: each command sets up %s by itself the first time.\n\n' '$(VENV)'
@@ -24,7 +25,7 @@ help:  ## this list
 	@printf '\nVariables: PYTHON=%s  VENV=%s  TORCH_INDEX=%s  ARGS=%s\n' '$(PYTHON)' '$(VENV)' '$(TORCH_INDEX)' '$(ARGS)'
 	@printf 'On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.\n'
 
-setup: $(READY)  ## make the virtual environment with the pinned packages
+setup: $(READY) $(KERNELS)  ## make the virtual environment with the pinned packages
 
 # Pins and extras decide what is installed, so they decide when to install again.
 $(READY): pyproject.toml constraints.txt
@@ -37,11 +38,19 @@ $(READY): pyproject.toml constraints.txt
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[demo,dev]'
 	@touch $@
 
-demo: $(READY)  ## fine-tune a real 135M model on text-to-SQL, merge, save and reload it
+# Quicker adapters on the CPU, where there is a compiler; kept in the user's cache. Without one, all works as well.
+$(KERNELS): $(READY) $(wildcard $(addprefix src/lorakit/ops/native/*.,cpp h py))
+	@$(BIN)/python -m lorakit kernels build || printf 'Going on without the compiled product.\n'
+	@touch $@
+
+kernels: $(READY)  ## build the compiled low-rank product again
+	$(BIN)/python -m lorakit kernels build --force
+
+demo: $(READY) $(KERNELS)  ## fine-tune a real 135M model on text-to-SQL, merge, save and reload it
 	$(BIN)/python -m lorakit demo $(ARGS)
 
-test: $(READY)  ## run the tests (without those marked slow or gpu)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) $(KERNELS)  ## run the tests (without those marked slow or gpu)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: $(READY)  ## format, lint, types, import directions, documentation build
 	$(BIN)/python -m ruff format --check .
@@ -58,7 +67,7 @@ docs: $(READY)  ## build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict
 	@printf 'Open site/index.html, or see it live: %s -m mkdocs serve\n' '$(BIN)/python'
 
-bench: $(READY)  ## measure lorakit beside PEFT; writes benchmarks/results/ and the table in docs/benchmarks.md
+bench: $(READY) $(KERNELS)  ## measure lorakit beside PEFT; writes benchmarks/results/ and the table in docs/benchmarks.md
 	$(BIN)/python -m benchmarks.run_all $(ARGS)
 
 clean:  ## remove what builds, tests and checks wrote; keep the virtual environment

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorakit.errors import ConfigError
 from lorakit.ops.dynamic_map import dequantize_dynamic, quantize_dynamic
+from lorakit.ops.native import load as native
 from lorakit.ops.packed import Packed, scratch
 
 NF4_LEVELS = (
@@ -75,6 +76,14 @@ class NF4(Packed):
     def step(self) -> int:
         """Rows after which a row starts with a new block."""
         return self.block // math.gcd(self.block, max(1, self.size[-1] if self.size else 1))
+
+    def fill_compiled(self, out: Tensor, start: int) -> bool:
+        """On a CPU with the compiled library: float32 and bfloat16."""
+        decode = native.decode_nf4
+        if decode is None:
+            return False
+        first = start * (self.size[-1] if self.size else 1)
+        return decode(self.codes, self.absmax, out, first, self.block) is not None
 
     def fill(self, out: Tensor, start: int) -> None:
         """Look up two levels for each byte, and multiply by the scales of the blocks."""

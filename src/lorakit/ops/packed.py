@@ -20,12 +20,13 @@ from torch import Tensor
 
 from lorakit.ops.low_rank import transformed
 
-# Numbers unpacked at a time (a megabyte as float32). With many rows of x the product itself is what counts, and wider
-# tiles make it faster (measured on CPU).
-_TILE, _WIDE_TILE, _MANY_ROWS = 2**18, 2**20, 128
+# Numbers unpacked at a time (a megabyte as float32). With more than a few rows of x the product itself is what counts,
+# and tiles of so many rows make it faster, up to four megabytes (measured on CPU).
+_TILE, _WIDE_TILE, _TILE_ROWS, _SOME_ROWS = 2**18, 2**20, 256, 16
 _ACCELERATOR_TILE = 2**25
-# Up to so many rows of x in half precision, casting them and the result is cheaper than casting every tile.
-_FEW_ROWS = 16
+# Up to so many rows of x in half precision, casting them and the result costs next to nothing, and a product in float32
+# is the faster one, even where the processor multiplies bfloat16 (measured on CPU with AVX512-BF16).
+_FEW_ROWS = 128
 
 
 class Packed(ABC):
@@ -65,6 +66,10 @@ class Packed(ABC):
     def fill(self, out: Tensor, start: int) -> None:
         """Of an ``unpacked`` one: write the values from row ``start`` on into ``out``, contiguous float32 rows."""
 
+    def fill_compiled(self, out: Tensor, start: int) -> bool:
+        """Do what ``fill`` does in one compiled call, for other dtypes of ``out`` too; or nothing, and say False."""
+        return False
+
     @abstractmethod
     def values(self) -> Tensor:
         """All values as float32, in plain operations that a compiler or ``torch.func`` sees through."""
@@ -83,21 +88,22 @@ class Packed(ABC):
             device = self.tensors["codes"].device
             result = torch.empty((rows, width), dtype=dtype, device=device)
             most = _at_a_time(device)
-            if dtype is torch.float32:
+            if not ready.fill_compiled(result, 0):
                 for first, last in _spans(rows, width, ready.step(), most):
-                    ready.fill(result[first:last], first)
-            else:
-                for first, last, tile in _tiles(ready, rows, width, most):
-                    result[first:last] = tile
+                    _write(ready, result[first:last], first)
             return result.view(self.size)
 
     def tiles(self, dtype: torch.dtype, rows_of_x: int) -> Iterator[tuple[int, int, Tensor]]:
         """Some rows after others, as (first, last, values): one buffer, written anew for each."""
         rows, width = self.size
-        most = _at_a_time(self.tensors["codes"].device, rows_of_x)
-        for first, last, tile in _tiles(self.unpacked(), rows, width, most):
-            if tile.dtype is not dtype:
-                tile = scratch("tile", tile.numel(), dtype, tile.device).view(tile.shape).copy_(tile)
+        most = _at_a_time(self.tensors["codes"].device, width, rows_of_x)
+        ready, device = self.unpacked(), self.tensors["codes"].device
+        buffer: Tensor | None = None
+        for first, last in _spans(rows, width, ready.step(), most):
+            if buffer is None:
+                buffer = scratch("tile", (last - first) * width, dtype, device).view(last - first, width)
+            tile = buffer[: last - first]
+            _write(ready, tile, first)
             yield first, last, tile
 
 
@@ -186,11 +192,13 @@ class _Product(torch.autograd.Function):
         return dx, None, None, *(None for _ in stored)
 
 
-def _at_a_time(device: torch.device, rows_of_x: int = 0) -> int:
+def _at_a_time(device: torch.device, width: int = 0, rows_of_x: int = 0) -> int:
     """How many numbers to unpack before they are used; on an accelerator, which has no such cache, a large part."""
     if device.type != "cpu":
         return _ACCELERATOR_TILE
-    return _WIDE_TILE if rows_of_x >= _MANY_ROWS else _TILE
+    if rows_of_x < _SOME_ROWS:
+        return _TILE
+    return min(max(_TILE, _TILE_ROWS * width), _WIDE_TILE)
 
 
 def _as_rows(size: tuple[int, ...]) -> tuple[int, int]:
@@ -205,12 +213,15 @@ def _spans(rows: int, width: int, step: int, most: int) -> Iterator[tuple[int, i
         yield first, min(first + span, rows)
 
 
-def _tiles(ready: Packed, rows: int, width: int, most: int) -> Iterator[tuple[int, int, Tensor]]:
-    device = ready.tensors["codes"].device
-    buffer: Tensor | None = None
-    for first, last in _spans(rows, width, ready.step(), most):
-        if buffer is None:
-            buffer = scratch("tile", (last - first) * width, torch.float32, device).view(last - first, width)
-        tile = buffer[: last - first]
-        ready.fill(tile, first)
-        yield first, last, tile
+def _write(ready: Packed, out: Tensor, start: int) -> None:
+    """The values from row ``start`` on into ``out``, contiguous rows of any dtype; rounded once."""
+    if ready.fill_compiled(out, start):
+        return
+    if out.dtype is torch.float32:
+        ready.fill(out, start)
+        return
+    rows, width = out.shape
+    for first, last in _spans(rows, width, ready.step(), _at_a_time(out.device)):
+        wide = scratch("wide", (last - first) * width, torch.float32, out.device).view(last - first, width)
+        ready.fill(wide, start + first)
+        out[first:last] = wide

@@ -1,0 +1,59 @@
+"""Whether a library computes what it should: ``python -m lorakit.ops.native.check FOLDER`` fails if it does not.
+
+The build runs this in a process of its own, which may die of a library that is not for this computer.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from lorakit.ops.native.load import Decode, Product, read_library
+from lorakit.ops.nf4 import quantize_nf4
+
+# tokens, width in, width out, rank: less than a vector, parts of tiles, work for several threads.
+_SIZES = ((1, 40, 35, 1), (70, 130, 67, 5), (300, 1030, 64, 16))
+
+
+def check(product: Product) -> None:
+    """Compare outputs and gradients with the formula in float64.
+
+    Raises:
+        AssertionError: They differ.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for tokens, n, out, r in _SIZES:
+        y, G = (torch.randn(tokens, out, generator=draw) for _ in range(2))
+        x, A, B = (torch.randn(s, generator=draw) for s in ((tokens, n), (r, n), (out, r)))
+        inputs = [t.requires_grad_() for t in (x, A, B)]
+        exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+        exact = y.double() + 0.5 * exact_inputs[0] @ exact_inputs[1].T @ exact_inputs[2].T
+        got = product(y.clone(), x, A, B, 0.5)
+        assert got is not None, "it refuses plain float32 tensors"
+        gradients = torch.autograd.grad(got, inputs, G)
+        exact_gradients = torch.autograd.grad(exact, exact_inputs, G.double())
+        for one, other in zip((got, *gradients), (exact, *exact_gradients), strict=True):
+            size = float(other.detach().abs().max())
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * size)
+
+
+def check_nf4(decode: Decode) -> None:
+    """Compare decoded values with those of plain operations, bit for bit.
+
+    Raises:
+        AssertionError: They differ.
+    """
+    for numbers in (1, 97, 300_001):  # less than a vector, a short block, work for several threads
+        packed = quantize_nf4(torch.randn(numbers, generator=torch.Generator().manual_seed(0)), 64)
+        for dtype in (torch.float32, torch.bfloat16):
+            got = decode(packed.codes, packed.scales(), torch.empty(numbers, dtype=dtype), 0, 64)
+            assert got is not None, "it refuses plain codes"
+            assert torch.equal(got, packed.values().to(dtype)), "NF4 has other values"
+
+
+if __name__ == "__main__":
+    library = read_library(Path(sys.argv[1]))
+    check(library.product)
+    check_nf4(library.decode_nf4)

@@ -1,0 +1,258 @@
+// The loops behind products.h, in vectors as wide as the processor has.
+
+#include "products.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+namespace lorakit {
+namespace {
+
+// One vector register of float32. 32 registers hold larger tiles of sums than 16 do.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+constexpr bool MANY_REGISTERS = true;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+constexpr bool MANY_REGISTERS = false;
+#elif defined(__aarch64__)
+constexpr int WIDTH = 4;
+constexpr bool MANY_REGISTERS = true;
+#else
+constexpr int WIDTH = 4;
+constexpr bool MANY_REGISTERS = false;
+#endif
+
+// The sums of a tile only stay in registers when the tile is part of the loop around it.
+#define INLINE [[gnu::always_inline]] inline
+
+using Vector = float __attribute__((vector_size(4 * WIDTH)));
+using Bits = uint32_t __attribute__((vector_size(4 * WIDTH)));
+using Halves = uint16_t __attribute__((vector_size(2 * WIDTH)));
+
+// Tiles of sums that stay in registers: DOT_ROWS x DOT_COLUMNS dot products, SUM_ROWS x SUM_VECTORS vectors of sums.
+constexpr int DOT_ROWS = MANY_REGISTERS ? 6 : 2;
+constexpr int DOT_COLUMNS = 4;
+constexpr int SUM_ROWS = MANY_REGISTERS ? 8 : 4;
+constexpr int SUM_VECTORS = 2;
+// Long rows are worked through in pieces of this length, for all tokens at hand: then the rows of a tile stay in the
+// first cache, and a piece of the factor in the second.
+constexpr int64_t PIECE = 1024;
+// As many rows of X are read for all columns of D before the next ones are.
+constexpr int64_t ROWS_AT_ONCE = 64;
+
+inline Vector load(const float* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vector load(const bfloat16* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
+  return reinterpret_cast<Vector>(bits);
+}
+
+inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
+
+// Round to nearest, ties to even, as torch does; a NaN stays one.
+inline void store(bfloat16* p, Vector v) {
+  const Bits bits = reinterpret_cast<Bits>(v);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits nan = reinterpret_cast<Bits>(v != v);  // all ones where it holds
+  const Halves halves = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Halves);
+  std::memcpy(p, &halves, sizeof halves);
+}
+
+// The first `count` entries, the others zero; all of them where PART is false.
+template <bool PART, class T>
+inline Vector load(const T* p, int64_t count) {
+  if constexpr (!PART) return load(p);
+  T entries[WIDTH] = {};
+  std::memcpy(entries, p, count * sizeof(T));
+  return load(entries);
+}
+
+template <bool PART, class T>
+inline void store(T* p, Vector v, int64_t count) {
+  if constexpr (!PART) return store(p, v);
+  T entries[WIDTH];
+  store(entries, v);
+  std::memcpy(p, entries, count * sizeof(T));
+}
+
+// Four sums whose sum is that of all entries: halves are added until four are left.
+using Four = float __attribute__((vector_size(16)));
+inline Four in_four(Four v) { return v; }
+
+template <class Half, class Whole>
+INLINE Half sum_of_halves(Whole v) {
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return halves[0] + halves[1];
+}
+
+#if defined(__AVX__)
+using Eight = float __attribute__((vector_size(32)));
+inline Four in_four(Eight v) { return sum_of_halves<Four>(v); }
+#endif
+#if defined(__AVX512F__)
+inline Four in_four(Vector v) { return in_four(sum_of_halves<Eight>(v)); }
+#endif
+
+// The sum of the entries of each of COLUMNS vectors; four at once cost little more than one.
+template <int COLUMNS>
+INLINE void totals(const Vector* vectors, float* sums) {
+  Four v[4] = {};
+  for (int j = 0; j < COLUMNS; ++j) v[j] = in_four(vectors[j]);
+  using Places = int32_t __attribute__((vector_size(16)));
+  const auto both = [](Four a, Four b) {
+    return __builtin_shuffle(a, b, Places{0, 4, 1, 5}) + __builtin_shuffle(a, b, Places{2, 6, 3, 7});
+  };
+  const Four a = both(v[0], v[1]), b = both(v[2], v[3]);
+  const Four all = __builtin_shuffle(a, b, Places{0, 1, 4, 5}) + __builtin_shuffle(a, b, Places{2, 3, 6, 7});
+  std::memcpy(sums, &all, COLUMNS * sizeof(float));
+}
+
+template <int ROWS, int COLUMNS>
+INLINE void clear(Vector (&sums)[ROWS][COLUMNS]) {
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < COLUMNS; ++j) sums[i][j] = Vector{};
+}
+
+// Call `body` with the compile-time constant that equals `count`, which is 1 to MOST.
+template <int MOST, class Body>
+inline void with_constant(int64_t count, const Body& body) {
+  if constexpr (MOST > 1) {
+    if (count < MOST) return with_constant<MOST - 1>(count, body);
+  }
+  body(std::integral_constant<int, MOST>());
+}
+
+// ---- dot products of rows ----------------------------------------------------------------------------------------
+// sums[i][j] += X[i] . M[j] over WIDTH entries, or over the first `count` of them.
+template <bool PART, int ROWS, int COLUMNS>
+INLINE void add_products(Vector (&sums)[ROWS][COLUMNS], const float* x, int64_t x_step, const float* m,
+                         int64_t m_step, int64_t count) {
+  Vector b[COLUMNS];
+  for (int j = 0; j < COLUMNS; ++j) b[j] = load<PART>(m + j * m_step, count);
+  for (int i = 0; i < ROWS; ++i) {
+    const Vector a = load<PART>(x + i * x_step, count);
+    for (int j = 0; j < COLUMNS; ++j) sums[i][j] += a * b[j];
+  }
+}
+
+// H[i, j] (+)= scale * X[i] . M[j] over `n` entries, for ROWS rows of X and COLUMNS rows of M.
+template <int ROWS, int COLUMNS>
+INLINE void dot_tile(const float* x, int64_t x_step, const float* m, int64_t m_step, int64_t n, float scale, bool add,
+                     float* h, int64_t h_step) {
+  Vector sums[ROWS][COLUMNS];
+  clear(sums);
+  int64_t k = 0;
+  for (; k + WIDTH <= n; k += WIDTH) add_products<false>(sums, x + k, x_step, m + k, m_step, WIDTH);
+  if (k < n) add_products<true>(sums, x + k, x_step, m + k, m_step, n - k);
+  for (int i = 0; i < ROWS; ++i) {
+    float sum[COLUMNS];
+    totals<COLUMNS>(sums[i], sum);
+    for (int j = 0; j < COLUMNS; ++j) h[i * h_step + j] = scale * sum[j] + (add ? h[i * h_step + j] : 0.0f);
+  }
+}
+
+// Rows in float32, for `count` entries of each: where they are, or in a copy. `step` becomes their distance.
+inline const float* in_float(const float* x, int64_t, int64_t, int64_t&, float*) { return x; }
+
+inline const float* in_float(const bfloat16* x, int64_t rows, int64_t count, int64_t& step, float* copy) {
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t k = 0;
+    for (; k + WIDTH <= count; k += WIDTH) store(copy + i * count + k, load(x + i * step + k));
+    if (k < count) store<true>(copy + i * count + k, load<true>(x + i * step + k, count - k), count - k);
+  }
+  step = count;
+  return copy;
+}
+
+// ---- sums of rows ------------------------------------------------------------------------------------------------
+// Y[i] (+)= sum over k of L[i, k] * M[k], for ROWS rows of Y and VECTORS vectors of columns, or where PART holds the
+// first `count` columns of one. L[i, k] lies at l[i * l_row + k * l_column].
+template <bool PART, int ROWS, int VECTORS, class M, class Y>
+INLINE void sum_tile(const float* l, int64_t l_row, int64_t l_column, const M* m, int64_t m_step, int64_t terms,
+                     bool add, Y* y, int64_t y_step, int64_t count) {
+  Vector sums[ROWS][VECTORS];
+  clear(sums);
+  for (int64_t k = 0; k < terms; ++k) {
+    Vector b[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) b[v] = load<PART>(m + k * m_step + v * WIDTH, count);
+    for (int i = 0; i < ROWS; ++i) {
+      const float a = l[i * l_row + k * l_column];
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] += a * b[v];
+    }
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int v = 0; v < VECTORS; ++v) {
+      Y* const to = y + i * y_step + v * WIDTH;
+      store<PART>(to, add ? load<PART>(to, count) + sums[i][v] : sums[i][v], count);
+    }
+}
+
+// The same for any number of rows, up to SUM_ROWS at a time, and the columns `begin` to `end`.
+template <class M, class Y>
+inline void sum_rows(const float* l, int64_t l_row, int64_t l_column, const M* m, int64_t m_step, int64_t terms,
+                     bool add, Y* y, int64_t y_step, int64_t rows, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < rows; i += SUM_ROWS)
+    with_constant<SUM_ROWS>(std::min<int64_t>(SUM_ROWS, rows - i), [&](auto some_rows) {
+      const float* from = l + i * l_row;
+      Y* to = y + i * y_step;
+      int64_t o = begin;
+      for (; o + SUM_VECTORS * WIDTH <= end; o += SUM_VECTORS * WIDTH)
+        sum_tile<false, some_rows, SUM_VECTORS>(from, l_row, l_column, m + o, m_step, terms, add, to + o, y_step, 0);
+      for (; o + WIDTH <= end; o += WIDTH)
+        sum_tile<false, some_rows, 1>(from, l_row, l_column, m + o, m_step, terms, add, to + o, y_step, 0);
+      if (o < end)
+        sum_tile<true, some_rows, 1>(from, l_row, l_column, m + o, m_step, terms, add, to + o, y_step, end - o);
+    });
+}
+
+}  // namespace
+
+// ---- the three products ------------------------------------------------------------------------------------------
+template <class X>
+void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, float scale, float* h) {
+  alignas(64) float copy[DOT_ROWS * PIECE];
+  for (int64_t k = 0; k < n; k += PIECE) {
+    const int64_t piece = std::min(PIECE, n - k);
+    for (int64_t i = 0; i < rows; i += DOT_ROWS) {
+      const int64_t some = std::min<int64_t>(DOT_ROWS, rows - i);
+      int64_t step = n;
+      const float* from = in_float(x + i * n + k, some, piece, step, copy);
+      for (int64_t j = 0; j < r; j += DOT_COLUMNS)
+        with_constant<DOT_ROWS>(some, [&](auto some_rows) {
+          with_constant<DOT_COLUMNS>(std::min<int64_t>(DOT_COLUMNS, r - j), [&](auto columns) {
+            dot_tile<some_rows, columns>(from, step, m + j * n + k, n, piece, scale, k > 0, h + i * r + j, r);
+          });
+        });
+    }
+  }
+}
+
+template <class Y>
+void expand(const float* h, const float* m, int64_t rows, int64_t n, int64_t r, bool add, Y* y, int64_t step) {
+  for (int64_t o = 0; o < n; o += PIECE)
+    sum_rows(h, r, 1, m, n, r, add, y, step, rows, o, std::min(n, o + PIECE));
+}
+
+template <class X>
+void collect(const float* h, const X* x, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float* d) {
+  for (int64_t i = 0; i < rows; i += ROWS_AT_ONCE)
+    sum_rows(h + i * r, 1, r, x + i * n, n, std::min(ROWS_AT_ONCE, rows - i), i > 0, d, n, r, begin, end);
+}
+
+template void project(const float*, const float*, int64_t, int64_t, int64_t, float, float*);
+template void project(const bfloat16*, const float*, int64_t, int64_t, int64_t, float, float*);
+template void expand(const float*, const float*, int64_t, int64_t, int64_t, bool, float*, int64_t);
+template void expand(const float*, const float*, int64_t, int64_t, int64_t, bool, bfloat16*, int64_t);
+template void collect(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+template void collect(const float*, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+
+}  // namespace lorakit

@@ -1,0 +1,30 @@
+// The three products of a low-rank change and of its derivatives, as plain loops: nothing here knows torch or threads.
+//
+// All matrices are row-major, and without gaps but for `Y`, whose rows lie `step` entries apart. `H` (rows x r) holds one
+// short row for each token, `M` (r x n) is a factor: `A` itself, or `B` transposed. Sums are kept in float32 whatever `X`
+// and `Y` are. What is computed for one row or column never depends on which others are computed with it, nor on how
+// the work is divided.
+#pragma once
+
+#include <cstdint>
+
+namespace lorakit {
+
+// The upper half of a float32.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// H = scale * X Mᵀ, for X (rows x n).
+template <class X>
+void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, float scale, float* h);
+
+// Y = H M, or Y += H M, for Y (rows x n); each entry is rounded once.
+template <class Y>
+void expand(const float* h, const float* m, int64_t rows, int64_t n, int64_t r, bool add, Y* y, int64_t step);
+
+// The columns `begin` to `end` of D = Hᵀ X, for X (rows x n) and D (r x n).
+template <class X>
+void collect(const float* h, const X* x, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float* d);
+
+}  // namespace lorakit
