@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -64,6 +64,7 @@ metadata = st.dictionaries(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(tensors, metadata, st.sampled_from(list(FORMATS)))
+@example({"": ([], torch.float32)}, {}, "loralib")
 def test_any_keys_and_sizes(
     described: dict[str, tuple[list[int], torch.dtype]], said: dict[str, str], name: str
 ) -> None:

@@ -51,6 +51,10 @@ def read(tensors: Tensors, metadata: Mapping[str, str], hints: Hints) -> Adapter
         floating(key, tensor)
         if match := _FACTOR.fullmatch(key):
             groups.setdefault(match[1], {})[f"lora_{match[2]}"] = Found(key, tensor)
+        elif not key:
+            raise AdapterFileError(
+                "The file has a tensor without a name, which no parameter of a model can be."
+            )
         else:
             methods[key], shapes[key] = FullFineTuning(), parameter_shape(tensor)
             held[key] = {"value": tensor.reshape(methods[key].shapes(shapes[key])["value"])}
