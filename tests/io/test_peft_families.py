@@ -325,6 +325,21 @@ def test_projections_that_are_left_out_need_the_model(tmp_path: Path) -> None:
         lk.read(tmp_path)
 
 
+def test_a_type_that_is_no_word_is_refused(tmp_path: Path) -> None:
+    _, tensors, config = saved(tmp_path, "loha")
+    rewrite(tmp_path, tensors, {**config, "peft_type": ["LOHA"]})
+    with pytest.raises(AdapterFileError, match="peft_type"):
+        lk.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["loha", "vera"])
+def test_a_start_is_not_taken_for_a_type_that_has_none(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    case.adapted().save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=rf"{name.upper()} takes no start from the base"):
+        lk.read(tmp_path, initial=tmp_path)
+
+
 def test_adalora_with_dora_is_refused(tmp_path: Path) -> None:
     _, tensors, config = saved(tmp_path, "adalora")
     rewrite(tmp_path, tensors, {**config, "use_dora": True})

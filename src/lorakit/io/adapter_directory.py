@@ -22,10 +22,11 @@ from lorakit.io.outline import Outline
 from lorakit.io.peft_config import changes
 from lorakit.io.peft_families import FAMILIES
 from lorakit.io.peft_families.reader import read_family
+from lorakit.io.peft_form import PeftForm
 from lorakit.io.peft_prompts import PROMPTS, read_prompts
 from lorakit.io.peft_reader import read_peft
 from lorakit.io.peft_start import with_start
-from lorakit.io.peft_writer import PeftForm, to_peft
+from lorakit.io.peft_writer import to_peft
 from lorakit.io.publish import interrupted, publish
 from lorakit.io.safetensors_file import encode, load_tensors
 
@@ -74,24 +75,14 @@ def read(
             if initial is not None:
                 raise AdapterFileError("It is in lorakit's own form, which holds its start: pass no initial.")
             return read_native(config, tensors)
-        if config.get("peft_type") in PROMPTS:
-            if initial is not None:
-                raise AdapterFileError("A prefix or prompt takes no start from the base: no initial.")
-            state = read_prompts(config, tensors, embedded=embedded, outline=outline, ignore=ignore)
-            return state if embedded is None else _with_info(state, embedded, config)
-        family = FAMILIES.get(config.get("peft_type", ""))
-        if family is not None:
-            if initial is not None:
-                raise AdapterFileError(
-                    f"An adapter of type {family.peft_type} takes no start from the base: no initial."
-                )
-            state = read_family(family, config, tensors, embedded=embedded, outline=outline, ignore=ignore)
-            return state if embedded is None else _with_info(state, embedded, config)
-        known = initial is not None
-        state = read_peft(
-            config, tensors, embedded=embedded, outline=outline, ignore=ignore, start_known=known
-        )
-        if initial is not None:
+        if initial is None:
+            state = _read_type(config, tensors, embedded, outline, ignore)
+        else:
+            if (kind := _type(config)) in FAMILIES or kind in PROMPTS:
+                raise AdapterFileError(f"An adapter of type {kind} takes no start from the base: no initial.")
+            state = read_peft(
+                config, tensors, embedded=embedded, outline=outline, ignore=ignore, start_known=True
+            )
             before = _initial(Path(initial), allow_pickle, ignore, outline)
             state = with_start(state, before, config.get("init_lora_weights"))
     except AdapterFileError as error:
@@ -99,6 +90,26 @@ def read(
             raise
         raise type(error)(f"{directory}: {error}") from error
     return state if embedded is None else _with_info(state, embedded, config)
+
+
+def _read_type(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    embedded: Embedded | None,
+    outline: Outline | None,
+    ignore: Collection[str],
+) -> AdapterState:
+    """A file of PEFT's, by its type."""
+    kind = _type(config)
+    if kind in FAMILIES:
+        return read_family(FAMILIES[kind], config, tensors, embedded=embedded, outline=outline, ignore=ignore)
+    reader = read_prompts if kind in PROMPTS else read_peft
+    return reader(config, tensors, embedded=embedded, outline=outline, ignore=ignore)
+
+
+def _type(config: Mapping[str, Any]) -> str:
+    """PEFT's word for the type; as text whatever it is, for it comes from a file."""
+    return str(config.get("peft_type"))
 
 
 def _initial(

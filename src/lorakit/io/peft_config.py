@@ -186,9 +186,11 @@ def check_settings(
     return {**defaults, **{key: config[key] for key in defaults if key in config}}
 
 
-def kept_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The kept settings that are not as PEFT writes them by default."""
-    return {key: config[key] for key in KEPT if config[key] != DEFAULTS[key]}
+def kept_settings(
+    config: Mapping[str, Any], kept: Collection[str] = KEPT, defaults: Mapping[str, Any] = DEFAULTS
+) -> dict[str, Any]:
+    """The kept settings that are not as PEFT writes them by default; those that the type has not are passed over."""
+    return {key: config[key] for key in kept if key in defaults and config[key] != defaults[key]}
 
 
 def changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

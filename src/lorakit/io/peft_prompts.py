@@ -18,8 +18,9 @@ from lorakit.core.target import Shape
 from lorakit.errors import AdapterFileError, ConfigError, listing
 from lorakit.io.embedded import Embedded
 from lorakit.io.outline import Outline
-from lorakit.io.peft_config import PEFT_VERSION, check_settings, settings_error
+from lorakit.io.peft_config import PEFT_VERSION, check_settings, kept_settings, settings_error
 from lorakit.io.peft_rules import natural
+from lorakit.io.peft_whole import parameter_shape
 from lorakit.io.strictness import Complaints, floating
 from lorakit.methods import FullFineTuning, PrefixTuning, PromptTuning
 
@@ -104,9 +105,7 @@ def read_prompts(
         raise settings_error(error) from error
     _read_heads(config, tensors, complaints, methods, shapes, own)
     complaints.check()
-    peft = {
-        key: config[key] for key in KEPT if key in config and config[key] != PROMPTS[raw["peft_type"]][key]
-    }
+    peft = kept_settings(config, KEPT, PROMPTS[raw["peft_type"]])
     if config["modules_to_save"]:
         peft["modules_to_save"] = list(dict.fromkeys(config["modules_to_save"]))
     info = {"peft": peft} if peft else {}
@@ -200,10 +199,6 @@ def _read_heads(
             complaints.unexpected.append(key)
             continue
         value = floating(key, tensor)
-        size = tuple(value.shape)
-        shape = Shape("parameter", out=size[0] if size else 1, in_=1, stored=size)
-        if len(size) > 1:
-            shape = Shape("parameter", out=size[-2], in_=size[-1], batch=size[:-2], stored=size)
-        method = FullFineTuning()
+        method, shape = FullFineTuning(), parameter_shape(value)
         methods[path], shapes[path] = method, shape
         own[path] = {"value": value.reshape(method.shapes(shape)["value"])}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from lorakit.core.adapter import AdapterState
 from lorakit.errors import listing
 from lorakit.io.outline import Outline, Transformer
+from lorakit.io.peft_form import PeftForm
 from lorakit.io.peft_prompts import CLASSIFIER, KEPT, KEY, PREFIX, PROMPT, PROMPTS, START
 from lorakit.io.peft_rules import natural
 from lorakit.methods import FullFineTuning, PrefixTuning, PromptTuning
@@ -17,16 +18,7 @@ from lorakit.methods import FullFineTuning, PrefixTuning, PromptTuning
 _HEADS = ["classifier", "score"]
 
 
-class Written(NamedTuple):
-    """An adapter in PEFT's terms, or the reasons why PEFT has none for it."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    shapes: dict[str, tuple[str, int, int, tuple[int, ...]]]
-    reasons: list[str]
-
-
-def to_prompts(state: AdapterState, outline: Outline | None) -> Written:
+def to_prompts(state: AdapterState, outline: Outline | None) -> PeftForm:
     """A prefix or prompt in PEFT's terms, or the reasons why not."""
     spec = state.spec
     hints = spec.info.get("peft", {})
@@ -38,7 +30,7 @@ def to_prompts(state: AdapterState, outline: Outline | None) -> Written:
     if len(kinds) > 1:
         names = sorted({method.name for method in places.values()})
         reasons.append(f"PEFT has one type of adapter in a file; this one has {listing(names)}")
-        return Written({}, {}, {}, reasons)
+        return PeftForm(reasons=reasons)
     kind = PREFIX if kinds == {PrefixTuning} else PROMPT
     task = hints.get("task_type") or (None if transformer is None else transformer.task)
     if task is None:
@@ -49,7 +41,7 @@ def to_prompts(state: AdapterState, outline: Outline | None) -> Written:
     settings, table = write(state, list(places), transformer, task, reasons)
     owners = _whole_modules(heads, outline, reasons)
     if reasons:
-        return Written({}, {}, {}, reasons)
+        return PeftForm(reasons=reasons)
     assert table is not None
     saved = (
         hints.get("modules_to_save") or list(dict.fromkeys([*owners, *(_HEADS if owners else [])])) or None
@@ -67,9 +59,10 @@ def to_prompts(state: AdapterState, outline: Outline | None) -> Written:
     for path in heads:
         tensors[START + path] = state.tensors[path]["value"].reshape(spec.shapes[path].stored)
     of = {path: spec.shapes[path] for path in places}
-    return Written(
-        config, tensors, {path: (str(s.kind), s.out, s.in_, s.kernel) for path, s in of.items()}, []
-    )
+    shapes: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
+        path: (shape.kind, shape.out, shape.in_, shape.kernel) for path, shape in of.items()
+    }
+    return PeftForm(config, tensors, shapes=shapes)
 
 
 def _write_prompt(

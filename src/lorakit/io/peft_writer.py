@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 from torch import Tensor
 
 from lorakit.core.adapter import AdapterState
@@ -12,6 +9,7 @@ from lorakit.core.target import Shape
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import DEFAULTS, KEPT
 from lorakit.io.peft_families import FAMILIES, Family
+from lorakit.io.peft_form import PeftForm
 from lorakit.io.peft_naming import (
     module_list,
     number,
@@ -34,27 +32,6 @@ from lorakit.io.peft_rules import (
 from lorakit.methods import DoRA, PrefixTuning, PromptTuning, TokenRows
 
 
-@dataclass
-class PeftForm:
-    """An adapter in PEFT's terms.
-
-    Attributes:
-        config: All keys of ``adapter_config.json``.
-        tensors: Key to tensor, in the file's layout.
-        parameters: See `lorakit.io.embedded.Embedded`.
-        tables: The same.
-        shapes: The same.
-        reasons: Why it cannot be said; when there is one, nothing else is to be used.
-    """
-
-    config: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    parameters: dict[str, list[tuple[str, tuple[int, ...], bool]]] = field(default_factory=dict)
-    tables: dict[str, tuple[str, int, int]] = field(default_factory=dict)
-    shapes: dict[str, tuple[str, int, int, tuple[int, ...]]] = field(default_factory=dict)
-    reasons: list[str] = field(default_factory=list)
-
-
 def to_peft(state: AdapterState, outline: Outline | None = None) -> PeftForm:
     """The adapter in PEFT's terms, or the reasons why not.
 
@@ -63,8 +40,7 @@ def to_peft(state: AdapterState, outline: Outline | None = None) -> PeftForm:
     state = state.plain()
     of = {type(method) for method in state.spec.methods.values()}
     if of & {PrefixTuning, PromptTuning}:
-        written = to_prompts(state, outline)
-        return PeftForm(written.config, written.tensors, shapes=written.shapes, reasons=written.reasons)
+        return to_prompts(state, outline)
     family = next((family for family in FAMILIES.values() if family.method in of), None)
     plan = Plan(state, outline, family)
     if plan.reasons:

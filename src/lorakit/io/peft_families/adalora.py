@@ -54,9 +54,7 @@ class AdaLoraFamily(Family):
     names = ("lora_A", "lora_B", "lora_E")
     bias_word = "lora_only"
 
-    def method_at(
-        self, path: str, group: Mapping[str, Tensor], config: Facts, patterns: PathSettings
-    ) -> Method:
+    def method_at(self, path: str, config: Facts, patterns: PathSettings) -> Method:
         masks = {_bare(key): mask for key, mask in (config["rank_pattern"] or {}).items()}
         mask = masks.get(path)
         if config["rank_pattern"] and mask is None:
@@ -75,14 +73,7 @@ class AdaLoraFamily(Family):
             **{key: config[key] for key in _SCHEDULE if key != "tfinal"},
         )
 
-    def shape_at(
-        self,
-        path: str,
-        method: Method,
-        group: Mapping[str, Tensor],
-        known: Shape | None,
-        shared: Mapping[str, Tensor],
-    ) -> Shape:
+    def shape_at(self, path: str, method: Method, group: Mapping[str, Tensor], known: Shape | None) -> Shape:
         return Shape("linear", out=group["lora_B"].shape[0], in_=group["lora_A"].shape[-1])
 
     def settings(

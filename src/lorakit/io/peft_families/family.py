@@ -64,20 +64,11 @@ class Family(ABC):
 
     # ---- reading
     @abstractmethod
-    def method_at(
-        self, path: str, group: Mapping[str, Tensor], config: Facts, patterns: PathSettings
-    ) -> Method:
+    def method_at(self, path: str, config: Facts, patterns: PathSettings) -> Method:
         """The method at one target."""
 
     @abstractmethod
-    def shape_at(
-        self,
-        path: str,
-        method: Method,
-        group: Mapping[str, Tensor],
-        known: Shape | None,
-        shared: Mapping[str, Tensor],
-    ) -> Shape:
+    def shape_at(self, path: str, method: Method, group: Mapping[str, Tensor], known: Shape | None) -> Shape:
         """The facts of one target, from its tensors and what is ``known`` of it from the model.
 
         A size that the file does not say is 0.
@@ -86,9 +77,7 @@ class Family(ABC):
             AdapterFileError: The tensors do not go together, or do not say enough.
         """
 
-    def start_shared(
-        self, methods: Mapping[str, Method], shapes: Mapping[str, Shape], config: Facts
-    ) -> dict[str, Tensor]:
+    def start_shared(self, methods: Mapping[str, Method], shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
         """The shared tensors when the file leaves them out.
 
         Raises:
@@ -127,16 +116,8 @@ class PathSettings:
         self.alphas = Patterns(config.get("alpha_pattern") or {}, config.get("alpha"))
 
 
-def matrix(path: str, out: int, in_: int, known: Shape | None, channels: int | None = None) -> Shape:
-    """A linear layer, or the convolution that the model is known to have there.
-
-    Args:
-        path: For messages.
-        out: Rows.
-        in_: Columns; of a convolution, those of the unfolded kernel, or with ``channels`` its input channels.
-        known: From the model, where there is one.
-        channels: Not None where ``in_`` may count channels only.
-    """
+def matrix(out: int, in_: int, known: Shape | None) -> Shape:
+    """A linear layer, or the convolution that the model is known to have there: the file has its kernel unfolded."""
     if known is None or known.kind != "conv":
         return Shape("linear", out=out, in_=in_)
     return Shape("conv", out=out, in_=known.in_, kernel=known.kernel)

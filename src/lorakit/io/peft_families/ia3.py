@@ -34,19 +34,10 @@ class Ia3Family(Family):
     names = ("ia3_l",)
     kinds = ("linear", "conv")
 
-    def method_at(
-        self, path: str, group: Mapping[str, Tensor], config: Facts, patterns: PathSettings
-    ) -> Method:
+    def method_at(self, path: str, config: Facts, patterns: PathSettings) -> Method:
         return IA3(feedforward=(), side="input" if _named(path, config["feedforward_modules"]) else "output")
 
-    def shape_at(
-        self,
-        path: str,
-        method: Method,
-        group: Mapping[str, Tensor],
-        known: Shape | None,
-        shared: Mapping[str, Tensor],
-    ) -> Shape:
+    def shape_at(self, path: str, method: Method, group: Mapping[str, Tensor], known: Shape | None) -> Shape:
         assert isinstance(method, IA3)
         size = tuple(group["ia3_l"].shape)
         if len(size) > 2:

@@ -61,28 +61,19 @@ class LoHaFamily(_Lycoris):
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     kinds = ("linear", "conv")
 
-    def method_at(
-        self, path: str, group: Mapping[str, Tensor], config: Facts, patterns: PathSettings
-    ) -> Method:
+    def method_at(self, path: str, config: Facts, patterns: PathSettings) -> Method:
         return LoHa(
             r=patterns.ranks[path],
             alpha=patterns.alphas[path],
             tucker=config["use_effective_conv2d"],
         )
 
-    def shape_at(
-        self,
-        path: str,
-        method: Method,
-        group: Mapping[str, Tensor],
-        known: Shape | None,
-        shared: Mapping[str, Tensor],
-    ) -> Shape:
+    def shape_at(self, path: str, method: Method, group: Mapping[str, Tensor], known: Shape | None) -> Shape:
         a, b = group["hada_w1_a"], group["hada_w1_b"]
         if "hada_t1" in group:  # a core lies between (r, out) and (r, channels)
             kernel = _kernel(group["hada_t1"], known)
             return Shape("conv", out=a.shape[-1], in_=b.shape[-1] * math.prod(kernel), kernel=kernel)
-        return matrix(path, a.shape[0], b.shape[-1], known)
+        return matrix(a.shape[0], b.shape[-1], known)
 
     def settings(
         self, methods: Mapping[str, Method], shapes: Mapping[str, Shape], hints: Mapping[str, Any]
@@ -109,9 +100,7 @@ class LoKrFamily(_Lycoris):
     names = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     kinds = ("linear", "conv")
 
-    def method_at(
-        self, path: str, group: Mapping[str, Tensor], config: Facts, patterns: PathSettings
-    ) -> Method:
+    def method_at(self, path: str, config: Facts, patterns: PathSettings) -> Method:
         return LoKr(
             r=patterns.ranks[path],
             alpha=patterns.alphas[path],
@@ -121,14 +110,7 @@ class LoKrFamily(_Lycoris):
             tucker=config["use_effective_conv2d"],
         )
 
-    def shape_at(
-        self,
-        path: str,
-        method: Method,
-        group: Mapping[str, Tensor],
-        known: Shape | None,
-        shared: Mapping[str, Tensor],
-    ) -> Shape:
+    def shape_at(self, path: str, method: Method, group: Mapping[str, Tensor], known: Shape | None) -> Shape:
         if not ({"lokr_w1"} <= set(group) or {"lokr_w1_a", "lokr_w1_b"} <= set(group)):
             raise AdapterFileError(f"{path!r} has neither lokr_w1 nor lokr_w1_a with lokr_w1_b.")
         if not ({"lokr_w2"} <= set(group) or {"lokr_w2_a", "lokr_w2_b"} <= set(group)):
@@ -150,7 +132,7 @@ class LoKrFamily(_Lycoris):
             b, d = group["lokr_w2_a"].shape[0], group["lokr_w2_b"].shape[-1]
         if kernel:
             return Shape("conv", out=a * b, in_=c * d * math.prod(kernel), kernel=kernel)
-        return matrix(path, a * b, c * d, known)
+        return matrix(a * b, c * d, known)
 
     def settings(
         self, methods: Mapping[str, Method], shapes: Mapping[str, Shape], hints: Mapping[str, Any]

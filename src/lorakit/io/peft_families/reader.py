@@ -14,7 +14,7 @@ from lorakit.core.target import Shape
 from lorakit.errors import AdapterFileError, ConfigError
 from lorakit.io.embedded import Embedded
 from lorakit.io.outline import Outline
-from lorakit.io.peft_config import SELECTION, check_settings, settings_error
+from lorakit.io.peft_config import SELECTION, check_settings, kept_settings, settings_error
 from lorakit.io.peft_families.family import Family, PathSettings
 from lorakit.io.peft_keys import Found, Keys, bare_keys
 from lorakit.io.peft_rules import natural
@@ -50,10 +50,10 @@ def read_family(
         for path in sorted(keys.factors, key=natural):
             group = keys.factors[path]
             values = {name: floating(found.key, found.tensor) for name, found in group.items()}
-            method = family.method_at(path, values, config, patterns)
+            method = family.method_at(path, config, patterns)
             known = _known(path, embedded, outline)
             try:
-                shape = family.shape_at(path, method, values, known, shared)
+                shape = family.shape_at(path, method, values, known)
             except (KeyError, IndexError):
                 complaints.missing += [f"{path}.{name}" for name in _first_form(family) if name not in group]
                 continue
@@ -65,7 +65,7 @@ def read_family(
                 methods[path], shapes[path] = method, shape
                 own[path] = {name: values[name].reshape(sizes[name]) for name in sizes}
         if family.shared and not shared and methods:
-            shared = family.start_shared(methods, shapes, config)
+            shared = family.start_shared(methods, shapes)
             methods = {path: family.completed(method, shared) for path, method in methods.items()}
         whole = read_whole_parameters(keys, {**config, "bias": _bias(family, config)})
     except ConfigError as error:
@@ -90,11 +90,12 @@ def _sort(family: Family, tensors: Mapping[str, Tensor]) -> tuple[Keys, dict[str
     common = re.compile(
         rf"(?:base_model\.)?({'|'.join(map(re.escape, family.shared)) or '(?!)'})(?:\.([^.]+))?"
     )
-    keys, shared = Keys(), {}
-    own = {key: t for key, t in tensors.items() if not common.fullmatch(key)}
+    keys, shared, own = Keys(), {}, {}
     for key, tensor in tensors.items():
         if match := common.fullmatch(key):
             shared[match[1]] = floating(key, tensor)
+        else:
+            own[key] = tensor
     for key, bare, tensor in bare_keys(own.items()):
         if match := target.fullmatch(bare):
             keys.put(match[1], match[2], Found(key, tensor))
@@ -137,7 +138,7 @@ def _check_types(config: Mapping[str, Any]) -> None:
 
 def _info(family: Family, config: Mapping[str, Any], tables: list[str]) -> dict[str, Any]:
     """What is not in the methods and would be lost: kept settings, and how the targets were named."""
-    peft = {key: config[key] for key in family.kept if config[key] != family.defaults[key]}
+    peft = kept_settings(config, family.kept, family.defaults)
     for key in (*SELECTION, "modules_to_save", "feedforward_modules", "init_weights"):
         if config.get(key) not in (None, [], True):
             peft[key] = config[key]

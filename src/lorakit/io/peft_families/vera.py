@@ -40,9 +40,7 @@ class VeraFamily(Family):
     shared = ("vera_A", "vera_B")
     bias_word = "vera_only"
 
-    def method_at(
-        self, path: str, group: Mapping[str, Tensor], config: Facts, patterns: PathSettings
-    ) -> Method:
+    def method_at(self, path: str, config: Facts, patterns: PathSettings) -> Method:
         return VeRA(
             r=config["r"],
             d_initial=config["d_initial"] or 0.1,
@@ -50,19 +48,10 @@ class VeraFamily(Family):
             dropout=config["vera_dropout"],
         )
 
-    def shape_at(
-        self,
-        path: str,
-        method: Method,
-        group: Mapping[str, Tensor],
-        known: Shape | None,
-        shared: Mapping[str, Tensor],
-    ) -> Shape:
+    def shape_at(self, path: str, method: Method, group: Mapping[str, Tensor], known: Shape | None) -> Shape:
         return Shape("linear", out=group["vera_lambda_b"].shape[-1], in_=0 if known is None else known.in_)
 
-    def start_shared(
-        self, methods: Mapping[str, Method], shapes: Mapping[str, Shape], config: Facts
-    ) -> dict[str, Tensor]:
+    def start_shared(self, methods: Mapping[str, Method], shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
         if any(not shape.in_ for shape in shapes.values()):
             raise AdapterFileError(
                 "The file leaves VeRA's projections out (save_projection=False), and how wide they are only the model "
