@@ -17,13 +17,13 @@ from lorakit.errors import ConfigError, listing
 from lorakit.methods import FullFineTuning
 from lorakit.models import ResolvedModel, head_of, labels_of, load_classifier
 from lorakit.models.classifier import naming
-from lorakit.train.batches import plan_batches
 from lorakit.train.collate import Collator, LabelCollator
 from lorakit.train.data import Split
 from lorakit.train.data_sections import LabelledData
 from lorakit.train.labelled import LabelledRow, LabelledSet, label_names, load_texts, tokenize
 from lorakit.train.loss import LABEL
 from lorakit.train.recipe import Recipe, Targets, TrainSection
+from lorakit.train.scoring import run_batches
 from lorakit.train.task import Task
 
 if TYPE_CHECKING:
@@ -146,27 +146,13 @@ def label_logits(
         settings: For the size of the batches.
         told: Called with the rows done and their number.
     """
-    batches = plan_batches(
-        [len(row.ids) for row in rows],
-        rows=settings.batch_rows or (None if settings.batch_tokens else 16),
-        tokens=settings.batch_tokens,
-        epochs=1,
-        seed=0,
-        padded=True,
-    )
     found: dict[int, Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                made = collator([rows[i] for i in batch])
-                inputs = {k: v.to(model.device) for k, v in made.items() if k != "labels"}
-                found |= dict(zip(batch, model(**inputs).logits.float().cpu(), strict=True))
-                if told is not None:
-                    told(len(found), len(rows))
-    finally:
-        model.train(was_training)
+
+    def answer(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        found.update(zip(numbers, model(**inputs).logits.float().cpu(), strict=True))
+
+    run_batches(model, rows, collator, settings, answer, padded=True, told=told)
     return torch.stack([found[i] for i in range(len(rows))])
 
 

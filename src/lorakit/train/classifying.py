@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from lorakit.attach import detach, use
 from lorakit.errors import ConfigError, DataError
 from lorakit.io import read
-from lorakit.io.model_files import load
 from lorakit.models import labels_of, load_classifier, load_tokenizer, resolve
 from lorakit.train.classification import label_logits, labels_in
 from lorakit.train.classifier_scores import accuracy, label_scores, macro_f1
@@ -28,6 +25,7 @@ from lorakit.train.labelled import LabelledText, label_names, load_texts, tokeni
 from lorakit.train.progress import Progress
 from lorakit.train.quantized_base import quantize_base
 from lorakit.train.recipe import Recipe, TrainSection
+from lorakit.train.scoring import scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,19 +126,11 @@ def evaluate_classifier(
         overlong="error" if recipe.train.overlong == "error" else "truncate",
     )
     progress.say(f"{split}: {rows}")
-    name = "scored"
-    if adapter is not None:
-        load(model, adapter, name=name)
-    try:
+    with scored(model, adapter, own=own):
         began = time.perf_counter()
-        with nullcontext() if own or adapter is None else use(model, name):
-            collator = LabelCollator(int(tokenizer.pad_token_id))
-            told = partial(_tell, progress)
-            logits = label_logits(model, rows.rows, collator, recipe.train, told)
+        collator = LabelCollator(int(tokenizer.pad_token_id))
+        logits = label_logits(model, rows.rows, collator, recipe.train, partial(_tell, progress))
         seconds = time.perf_counter() - began
-    finally:
-        if adapter is not None:
-            detach(model, name)
     gold = [row.labels[0] for row in rows.rows]
     predicted = logits.argmax(dim=1).tolist()
     fared = label_scores(predicted, gold, rows.names)

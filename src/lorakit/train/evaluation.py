@@ -6,14 +6,11 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.attach import use
 from lorakit.errors import ConfigError
-from lorakit.io.model_files import load
 from lorakit.models import load_model, load_tokenizer, resolve
 from lorakit.train.classifier_scores import LabelScore
 from lorakit.train.collate import choose_collator
@@ -27,6 +24,7 @@ from lorakit.train.quantized_base import quantize_base
 from lorakit.train.recipe import Metric, Recipe
 from lorakit.train.render import render
 from lorakit.train.scores import bleu, exact_match, judge_sql, nist
+from lorakit.train.scoring import scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,19 +128,10 @@ def evaluate(
             resolved or section.name, dtype=section.dtype, device=section.device, revision=section.revision
         )
         quantize_base(model, recipe)
-    name = "scored"
-    if adapter is not None:
-        load(model, adapter, name=name)
-    try:
+    with scored(model, adapter, own=own):
         began = time.perf_counter()
-        with nullcontext() if own or adapter is None else use(model, name):
-            result = _score(recipe, examples, metrics, model, tokenizer, progress, title)
+        result = _score(recipe, examples, metrics, model, tokenizer, progress, title)
         return EvalResult(result.scores, len(examples), time.perf_counter() - began, result.answers)
-    finally:
-        if adapter is not None:
-            from lorakit.attach import detach
-
-            detach(model, name)
 
 
 def default_metrics(recipe: Recipe, examples: Sequence[Example]) -> list[Metric]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorakit.errors import DataError, listing, near_matches
 from lorakit.train.data import Split, file_of
 from lorakit.train.data_sections import LabelledData
+from lorakit.train.row_set import RowSet
 from lorakit.train.tables import read_table
 
 if TYPE_CHECKING:
@@ -50,46 +51,27 @@ class LabelledRow:
     types: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class LabelledSet:
+@dataclass(frozen=True, kw_only=True)
+class LabelledSet(RowSet[LabelledRow]):
     """All rows of a split, and what was done about long ones.
 
     Attributes:
-        rows: Those that are left.
         names: The labels, in the order of the logits.
-        longest: Tokens of the longest row before anything was cut.
-        truncated: Rows that were cut to the greatest length.
-        dropped: Rows that were left out because they are longer.
     """
 
-    rows: tuple[LabelledRow, ...]
     names: tuple[str, ...]
-    longest: int
-    truncated: int = 0
-    dropped: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(len(row.ids) for row in self.rows)
 
     @property
     def learnt(self) -> int:
         """How many labels are learnt: one a row."""
         return len(self.rows)
 
-    def __str__(self) -> str:
+    @property
+    def taught(self) -> str:
+        """The share of each label."""
         counts = Counter(row.labels[0] for row in self.rows)
         shares = [f"{name} {100 * counts[i] / len(self.rows):.0f} %" for i, name in enumerate(self.names)]
-        words = (
-            f"{len(self.rows):,} rows, {self.tokens:,} tokens ({self.tokens / len(self.rows):.0f} a row, "
-            f"longest {self.longest}), {len(self.names)} labels: {listing(shares, most=12)}"
-        )
-        if self.dropped:
-            words += f"; {self.dropped} longer rows left out"
-        if self.truncated:
-            words += f"; {self.truncated} longer rows cut"
-        return words
+        return f"{len(self.names)} labels: {listing(shares, most=12)}"
 
 
 def load_texts(data: LabelledData, split: Split) -> list[LabelledText]:
@@ -179,9 +161,9 @@ def tokenize(
     if not rows:
         raise DataError(f"No row is left: all {len(texts)} are too long. {advice}")
     return LabelledSet(
-        tuple(rows),
-        tuple(names),
-        longest,
+        rows=tuple(rows),
+        names=tuple(names),
+        longest=longest,
         truncated=len(cut) if overlong == "truncate" else 0,
         dropped=len(cut) if overlong == "drop" else 0,
     )

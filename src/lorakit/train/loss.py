@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.train.batches import plan_batches
 from lorakit.train.collate import Collator, PaddedCollator
 from lorakit.train.packing import packed
 from lorakit.train.recipe import TrainSection
 from lorakit.train.render import IGNORED, Rendered
+from lorakit.train.scoring import run_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,27 +110,14 @@ def mean_loss(
         settings: For the size of the batches.
         told: Called with the rows done and their number.
     """
-    batches = plan_batches(
-        [len(row.ids) for row in rows],
-        rows=settings.batch_rows or (None if settings.batch_tokens else 16),
-        tokens=settings.batch_tokens,
-        epochs=1,
-        seed=0,
-        padded=isinstance(collator, PaddedCollator),
-    )
-    was_training, total, learnt, done = model.training, 0.0, 0, 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                made = {k: v.to(model.device) for k, v in collator([rows[i] for i in batch]).items()}
-                total += summed_loss(model, model, made).item()
-                learnt += count_learnt(made)
-                done += len(batch)
-                if told is not None:
-                    told(done, len(rows))
-    finally:
-        model.train(was_training)
+    total, learnt = 0.0, 0
+
+    def add(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
+        nonlocal total, learnt
+        total += summed_loss(model, model, batch).item()
+        learnt += count_learnt(batch)
+
+    run_batches(model, rows, collator, settings, add, padded=isinstance(collator, PaddedCollator), told=told)
     return total / learnt
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lorakit.errors import DataError, listing
 from lorakit.train.examples import Example, Message
+from lorakit.train.row_set import RowSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,42 +43,19 @@ class Rendered:
         return sum(label != IGNORED for label in self.labels)
 
 
-@dataclass(frozen=True)
-class RenderedSet:
-    """All rows of a split, and what was done about long ones.
-
-    Attributes:
-        rows: Those that are left.
-        longest: Tokens of the longest row before anything was cut.
-        truncated: Rows that were cut to the greatest length.
-        dropped: Rows that were left out because they are longer.
-    """
-
-    rows: tuple[Rendered, ...]
-    longest: int
-    truncated: int = 0
-    dropped: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(len(row.ids) for row in self.rows)
+@dataclass(frozen=True, kw_only=True)
+class RenderedSet(RowSet[Rendered]):
+    """All rows of a split, and what was done about long ones."""
 
     @property
     def learnt(self) -> int:
         """Learnt tokens of all rows."""
         return sum(row.learnt for row in self.rows)
 
-    def __str__(self) -> str:
-        words = (
-            f"{len(self.rows):,} rows, {self.tokens:,} tokens ({self.tokens / len(self.rows):.0f} a row, "
-            f"longest {self.longest}), {100 * self.learnt / self.tokens:.0f} % learnt"
-        )
-        if self.dropped:
-            words += f"; {self.dropped} longer rows left out"
-        if self.truncated:
-            words += f"; {self.truncated} longer rows cut"
-        return words
+    @property
+    def taught(self) -> str:
+        """The share of the tokens that is learnt."""
+        return f"{100 * self.learnt / self.tokens:.0f} % learnt"
 
 
 class Renderer:
@@ -217,8 +195,8 @@ def render(
     if not rows:
         raise DataError(f"No row is left to learn: all {len(examples)} are too long. {advice}")
     return RenderedSet(
-        tuple(rows),
-        longest,
+        rows=tuple(rows),
+        longest=longest,
         truncated=len(cut) if overlong == "truncate" else 0,
         dropped=len(cut) if overlong == "drop" else 0,
     )
