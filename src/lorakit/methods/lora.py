@@ -18,17 +18,10 @@ from torch import Tensor
 from lorakit.core.mapping import FixedMapping
 from lorakit.core.method import Factors, LowRankMethod, Method, Tensors
 from lorakit.core.registry import register
-from lorakit.core.selection import pattern_matches
 from lorakit.core.target import Shape, Target
-from lorakit.errors import ConfigError, near_matches
 from lorakit.methods.init import init_called
-from lorakit.methods.settings import (
-    check_alpha,
-    check_dropout,
-    check_rank,
-    check_rank_fits,
-    no_input_to_drop,
-)
+from lorakit.methods.ranked import Ranked
+from lorakit.methods.settings import check_choice, check_dropout, check_rank_fits, no_input_to_drop
 from lorakit.ops import joined
 
 SCALINGS: Mapping[str, Callable[[float, int], float]] = {
@@ -39,7 +32,7 @@ SCALINGS: Mapping[str, Callable[[float, int], float]] = {
 
 @register("lora")
 @dataclass(frozen=True)
-class LoRA(LowRankMethod):
+class LoRA(Ranked, LowRankMethod):
     """Low-rank adaptation of a dense layer.
 
     Parameters per target: ``lora_A`` ``(*batch, r, in)``, ``lora_B`` ``(*batch, out, r)``: ``r (in + out)``
@@ -84,18 +77,9 @@ class LoRA(LowRankMethod):
     }
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank_pattern", FixedMapping(self.rank_pattern))
-        object.__setattr__(self, "alpha_pattern", FixedMapping(self.alpha_pattern))
-        for r in (self.r, *self.rank_pattern.values()):
-            check_rank(r)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            check_alpha(alpha)
+        super().__post_init__()
         check_dropout(self.dropout)
-        if self.scaling not in SCALINGS:
-            raise ConfigError(
-                f"No scaling is called {self.scaling!r}.{near_matches(self.scaling, SCALINGS)} Known: "
-                f"{sorted(SCALINGS)}."
-            )
+        check_choice("scaling", self.scaling, SCALINGS)
         init_called(self.init)
 
     @cached_property
@@ -117,18 +101,6 @@ class LoRA(LowRankMethod):
     def frozen(self) -> frozenset[str]:
         """A subtracted start."""
         return frozenset({"start_A", "start_B"} if self.subtracted else ())
-
-    def for_path(self, path: str) -> LoRA:
-        """This LoRA with the rank and alpha that the patterns give one target."""
-        if not self.rank_pattern and not self.alpha_pattern:
-            return self
-        r = next((r for key, r in self.rank_pattern.items() if pattern_matches(key, path)), self.r)
-        alpha = next((a for key, a in self.alpha_pattern.items() if pattern_matches(key, path)), self.alpha)
-        return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
-
-    def patterns(self) -> tuple[str, ...]:
-        """The keys of both patterns."""
-        return (*self.rank_pattern, *self.alpha_pattern)
 
     def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """``lora_A`` and ``lora_B``; where it is subtracted also their start; with ``bias`` also ``lora_bias``."""
