@@ -92,6 +92,27 @@ def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     return _add_product_to(y, h.reshape(-1, h.shape[-1]).to(y.dtype), B.to(y.dtype), scale)
 
 
+def add_lookup(
+    y: Tensor, ids: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, padding: int | None = None
+) -> Tensor:
+    """Return ``y + scale * A[:, ids]ᵀ Bᵀ``, reusing the memory of ``y``: the change of an embedding table.
+
+    Args:
+        y: Looked-up rows, ``(..., out)``, owned by the caller.
+        ids: Which columns of ``A``, ``(...)``.
+        A: ``(r, vocabulary)``; fastest where its columns lie side by side in memory.
+        B: ``(out, r)``.
+        scale: A plain number.
+        padding: The column that gets no gradient.
+    """
+    if not is_dynamo_compiling() and native.lookup is not None:
+        added = native.lookup(y, ids, A, B, scale, -1 if padding is None else padding)
+        if added is not None:
+            return added
+    h = F.embedding(ids, A.mT, padding_idx=padding)
+    return add_product(y, h.to(y.dtype), B, scale)
+
+
 def joined(first: Tensor, second: Tensor, dim: int) -> Tensor:
     """Two tensors in one, laid out in memory as the first is.
 

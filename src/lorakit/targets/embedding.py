@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.target import Binding, Shape, Storage, Target
-from lorakit.ops import add_product
+from lorakit.ops import add_lookup
 
 
 class EmbeddingTarget(Target):
@@ -46,8 +46,7 @@ class EmbeddingTarget(Target):
         self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
     ) -> Tensor:
         """Look up columns of ``A``, multiply by ``B`` into ``y``. An index has nothing to drop."""
-        h = F.embedding(x, A.mT, padding_idx=self.padding)
-        return add_product(y, h.to(y.dtype), B, scale * self.gain)
+        return add_lookup(y, x, A, B, scale * self.gain, self.padding)
 
     def arrange(self, role: str, tensor: Tensor) -> Tensor:
         """Keep ``A`` as ``(vocabulary, r)`` in memory: a lookup then reads neighbouring numbers (4x faster)."""

@@ -4,6 +4,10 @@
 |---|---|
 | `products.cpp` | the loops; they know neither torch nor threads |
 | `low_rank.cpp` | what of torch they are run on, in which threads, and the derivative |
+| `vectors.h`, `tiles.h` | vectors as wide as the processor has, and tiles of a matrix product |
+| `decoder.cpp`, `decoder.py` | one step of a decoder of the Llama kind, each row with its own adapter: for serving |
+| `on_tensors.h` | the loops on torch's tensors, in its threads |
+| `lookup.cpp` | the change of an embedding table, and its derivative |
 | `nf4.cpp` | the decoding of NF4, loops and threads |
 | `build.py` | making a library of them and putting it into the user's cache |
 | `check.py` | whether a library computes what it should |

@@ -1,4 +1,4 @@
-"""Build the compiled products: three compiler runs, a link, a check in a process of its own, a place in the cache.
+"""Build the compiled products: five compiler runs, a link, a check in a process of its own, a place in the cache.
 
 The library shares torch's threads. It is compiled for OpenMP but not linked with it, so that it finds the OpenMP that
 torch has loaded and never brings a second one into the process.
@@ -121,8 +121,10 @@ def _compile(compiler: list[str], work: Path, library: Path) -> None:
         [*compiler, *_COMMON, *flags, "-c", str(_SOURCE / name), "-o", str(work / (name + ".o"))]
         for name, flags in (
             ("low_rank.cpp", torch_flags),
+            ("lookup.cpp", torch_flags),
             ("nf4.cpp", [*torch_flags, *of_processor]),
             ("products.cpp", loop_flags),
+            ("decoder.cpp", [*loop_flags, "-fopenmp"]),
         )
     ]
     link = [*compiler, "-shared", *(command[-1] for command in compiles), "-o", str(library), f"-L{lib}"]

@@ -29,10 +29,27 @@ SWITCH = "LORAKIT_KERNELS"
 LIBRARY, RECORD = "low_rank.so", "build.json"
 _SOURCE = Path(__file__).parent
 # `build.py` belongs to what a library is made of: it holds the compiler's flags.
-MADE_OF = ("products.h", "products.cpp", "low_rank.cpp", "nf4.h", "nf4.cpp", "build.py")
+MADE_OF = (
+    "products.h",
+    "vectors.h",
+    "products.cpp",
+    "on_tensors.h",
+    "low_rank.cpp",
+    "lookup.h",
+    "lookup.cpp",
+    "nf4.h",
+    "nf4.cpp",
+    "tiles.h",
+    "decoder.h",
+    "decoder.cpp",
+    "build.py",
+)
 
 Product = Callable[[Tensor, Tensor, Tensor, Tensor, float], "Tensor | None"]
 """``y += scale * x Aᵀ Bᵀ`` for ``(y, x, A, B, scale)``: returns ``y``, or None and does nothing."""
+
+Lookup = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], "Tensor | None"]
+"""``y += scale * Aᵀ[ids] Bᵀ`` for ``(y, ids, A, B, scale, padding)``: returns ``y``, or None and does nothing."""
 
 Decode = Callable[[Tensor, Tensor, Tensor, int, int], "Tensor | None"]
 """Write NF4 values for ``(codes, absmax, out, first, block)``: returns ``out``, or None and does nothing."""
@@ -42,6 +59,7 @@ class Library(NamedTuple):
     """What a library holds."""
 
     product: Product
+    lookup: Lookup
     decode_nf4: Decode
 
 
@@ -74,9 +92,9 @@ def status() -> Status:
 
 def forget() -> None:
     """Look again at the next use: after a build, or when the environment has changed."""
-    global product, decode_nf4, _status
+    global product, lookup, decode_nf4, _status
     with _resolving:
-        product, decode_nf4, _status = _look_first, _look_first_for_nf4, None
+        product, lookup, decode_nf4, _status = _look_first, _look_first_for_lookup, _look_first_for_nf4, None
 
 
 def kernel_folder() -> Path:
@@ -121,7 +139,7 @@ def read_library(folder: Path) -> Library:
         loader.exec_module(module)
     except ImportError as error:
         raise KernelError(f"{path} cannot be loaded: {error}") from error
-    return Library(module.add_low_rank, module.decode_nf4)
+    return Library(module.add_low_rank, module.add_lookup, module.decode_nf4)
 
 
 # ---- the products in use ---------------------------------------------------------------------------------------------
@@ -131,6 +149,16 @@ def _look_first(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Ten
         return None
     _resolved()
     return None if product is None else product(y, x, A, B, scale)
+
+
+def _look_first_for_lookup(
+    y: Tensor, ids: Tensor, A: Tensor, B: Tensor, scale: float, padding: int
+) -> Tensor | None:
+    """The same for an embedding."""
+    if not y.is_cpu:
+        return None
+    _resolved()
+    return None if lookup is None else lookup(y, ids, A, B, scale, padding)
 
 
 def _look_first_for_nf4(codes: Tensor, absmax: Tensor, out: Tensor, first: int, block: int) -> Tensor | None:
@@ -144,6 +172,9 @@ def _look_first_for_nf4(codes: Tensor, absmax: Tensor, out: Tensor, first: int, 
 product: Product | None = _look_first
 """The compiled product, or None when there is none to use."""
 
+lookup: Lookup | None = _look_first_for_lookup
+"""The compiled product for an embedding, or None."""
+
 decode_nf4: Decode | None = _look_first_for_nf4
 """The compiled decoding of NF4, or None."""
 
@@ -152,11 +183,11 @@ _resolving = threading.Lock()
 
 
 def _resolved() -> Status:
-    global product, decode_nf4, _status
+    global product, lookup, decode_nf4, _status
     with _resolving:
         if _status is None:
             found, library = _look()
-            product, decode_nf4 = library or (None, None)
+            product, lookup, decode_nf4 = library or (None, None, None)
             _status = found
         return _status
 

@@ -4,143 +4,25 @@
 // whatever it does not take, which is then left to the operations of torch. It is a function of Python's C interface
 // and not an operator of torch's dispatcher, which would cost as much as the work itself does for one token.
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
-#include <algorithm>
 #include <optional>
 #include <vector>
 
+#include "lookup.h"
 #include "nf4.h"
-#include "products.h"
+#include "on_tensors.h"
 
 namespace {
 
+using namespace lorakit;
 using at::Tensor;
-using lorakit::bfloat16;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-// Multiplications that are worth waking a thread for.
-constexpr int64_t WORTH_A_THREAD = 1 << 20;
-// Numbers in and out from which other threads of Python should not have to wait.
-constexpr int64_t WORTH_THE_INTERPRETER = 1 << 15;
-// Tokens whose short rows are made and used before the next ones; a multiple of the tiles in products.cpp.
-constexpr int64_t TOKENS_AT_ONCE = 48;
-// Entries of a factor, half a megabyte, from which torch's matrix products are as good or better for more tokens than
-// that: they move such a factor through the caches more cleverly.
-constexpr int64_t LARGE_FACTOR = 1 << 17;
-// Columns of a derivative that one thread takes at a time.
-constexpr int64_t COLUMNS_AT_ONCE = 64;
-
-// ---- running the products on tensors -----------------------------------------------------------------------------
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-// Call `body` with a pointer to the entries, which are float32 or bfloat16.
-template <class Body>
-void with_data(const Tensor& t, const Body& body) {
-  if (t.scalar_type() == at::kFloat)
-    body(data<float>(t));
-  else
-    body(data<bfloat16>(t));
-}
-
-Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype = at::kFloat) {
-  return Tensor(at::detail::empty_cpu(sizes, dtype));
-}
-
-// A factor as float32 in r rows without gaps: where it lies, or in a copy. The calls of torch that make a copy, and
-// even those that find that none is needed, take longer than the work of one token.
-class Rows {
- public:
-  // Of A, which is (r, n) and contiguous.
-  static Rows of(const Tensor& A) {
-    return Rows(A, A.size(0), A.size(1), A.scalar_type() == at::kFloat, [&] { return A.to(at::kFloat); });
-  }
-
-  // Of B transposed, where B is (n, r) and either it or its transpose is contiguous.
-  static Rows of_transposed(const Tensor& B) {
-    const bool lies_in_rows = B.scalar_type() == at::kFloat && (B.size(0) == 1 || B.stride(0) == 1) &&
-                              (B.size(1) == 1 || B.stride(1) == B.size(0));
-    return Rows(B, B.size(1), B.size(0), lies_in_rows, [&] { return B.t().to(at::kFloat).contiguous(); });
-  }
-
-  const float* first;
-  int64_t r, n;
-
- private:
-  template <class Copy>
-  Rows(const Tensor& factor, int64_t r, int64_t n, bool usable, const Copy& copy) : r(r), n(n) {
-    if (!usable) copy_ = copy();
-    first = data<const float>(usable ? factor : copy_);
-  }
-
-  Tensor copy_;
-};
-
-// ---- sharing the work --------------------------------------------------------------------------------------------
-// Call `body(begin, end)` for parts of 0 to `count`, in torch's threads if that is worth it.
-template <class Body>
-void share(int64_t count, int64_t work_each, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, WORTH_A_THREAD / std::max<int64_t>(1, work_each));
-  if (count <= grain)
-    body(0, count);
-  else
-    at::parallel_for(0, count, grain, body);
-}
-
-// How far apart the rows of y lie in memory, where that is the same everywhere: a whole tensor, or some of the last
-// dimension of one. Else 0.
-int64_t row_step(const Tensor& y) {
-  if (y.is_contiguous()) return y.size(-1);
-  if (y.dim() < 2 || y.stride(-1) != 1 || y.stride(-2) < y.size(-1)) return 0;
-  int64_t step = y.stride(-2) * y.size(-2);
-  for (int64_t d = y.dim() - 3; d >= 0; --d) {
-    if (y.size(d) != 1 && y.stride(d) != step) return 0;
-    step *= y.size(d);
-  }
-  return y.stride(-2);
-}
-
-// The short rows h = scale * x fromᵀ, (tokens, r), and y (+)= h onto, if `onto` is given.
-void pass_through(const Tensor& x, const Rows& from, float scale, float* h, const Rows* onto, const Tensor& y,
-                  bool add) {
-  const int64_t r = from.r, n = from.n, out = onto ? onto->n : 0, step = onto ? row_step(y) : 0;
-  share(x.numel() / n, r * (n + out), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t += TOKENS_AT_ONCE) {
-      const int64_t some = std::min(TOKENS_AT_ONCE, end - t);
-      with_data(x, [&](const auto* p) { lorakit::project(p + t * n, from.first, some, n, r, scale, h + t * r); });
-      if (onto)
-        with_data(y, [&](auto* p) {
-          lorakit::expand(h + t * r, onto->first, some, out, r, add, p + t * step, step);
-        });
-    }
-  });
-}
-
-// hᵀ x, (r, n).
-Tensor collected(const Tensor& h, const Tensor& x) {
-  const int64_t tokens = h.size(0), r = h.size(1), n = x.size(-1);
-  const Tensor result = empty({r, n});
-  const int64_t blocks = (n + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
-  share(blocks, r * tokens * COLUMNS_AT_ONCE, [&](int64_t begin, int64_t end) {
-    with_data(x, [&](const auto* p) {
-      lorakit::collect(data<float>(h), p, tokens, n, r, begin * COLUMNS_AT_ONCE, std::min(n, end * COLUMNS_AT_ONCE),
-                       data<float>(result));
-    });
-  });
-  return result;
-}
 
 // y += scale * x Aᵀ Bᵀ, and h = scale * x Aᵀ, (tokens, r).
 void add_product(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale, float* h) {
@@ -242,21 +124,6 @@ void add_unrecorded(const Tensor& y, const Tensor& x, const Tensor& A, const Ten
 }
 
 // ---- what is taken -----------------------------------------------------------------------------------------------
-bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
-
-// Dense tensors on the CPU, and nobody who watches or rewrites the operations of torch: no tracing, no torch.func, no
-// forward mode, no dispatch mode, no subclass. Autocast may watch: the sums are in float32 whatever it wants.
-bool plain(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B) {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet known({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
-                                       DispatchKey::ADInplaceOrView, DispatchKey::BackendSelect});
-  const auto here = c10::impl::tls_local_dispatch_key_set();
-  const auto keys =
-      (y.key_set() | x.key_set() | A.key_set() | B.key_set() | here.included_) - here.excluded_;
-  return known.has_all(keys) && y.device().is_cpu() && x.device().is_cpu() && A.device().is_cpu() &&
-         B.device().is_cpu() && !has_tangent(y) && !has_tangent(x) && !has_tangent(A) && !has_tangent(B);
-}
-
 bool float_or_bfloat16(const Tensor& t) { return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16; }
 
 bool sizes_fit(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B) {
@@ -271,7 +138,7 @@ bool better_left_to_torch(const Tensor& x, const Tensor& A, const Tensor& B) {
 }
 
 bool taken(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B) {
-  return plain(y, x, A, B) && float_or_bfloat16(y) && float_or_bfloat16(x) && float_or_bfloat16(A) &&
+  return plain({&y, &x, &A, &B}) && float_or_bfloat16(y) && float_or_bfloat16(x) && float_or_bfloat16(A) &&
          float_or_bfloat16(B) && sizes_fit(y, x, A, B) && row_step(y) > 0 && x.is_contiguous() &&
          A.is_contiguous() && (B.is_contiguous() || (B.stride(0) == 1 && B.stride(1) == B.size(0))) &&
          !better_left_to_torch(x, A, B);
@@ -312,6 +179,8 @@ PyObject* add_low_rank(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 
 PyMethodDef methods[] = {{"add_low_rank", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_low_rank)),
                           METH_FASTCALL, "y += scale * x A^T B^T in place; None for what is not taken."},
+                         {"add_lookup", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_lookup)),
+                          METH_FASTCALL, "The same for rows of A^T that are looked up; None for what is not taken."},
                          {"decode_nf4", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(decode_nf4)),
                           METH_FASTCALL, "Write the values of NF4 codes; None for what is not taken."},
                          {nullptr, nullptr, 0, nullptr}};

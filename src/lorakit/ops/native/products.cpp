@@ -3,33 +3,11 @@
 #include "products.h"
 
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
+
+#include "vectors.h"
 
 namespace lorakit {
 namespace {
-
-// One vector register of float32. 32 registers hold larger tiles of sums than 16 do.
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16;
-constexpr bool MANY_REGISTERS = true;
-#elif defined(__AVX__)
-constexpr int WIDTH = 8;
-constexpr bool MANY_REGISTERS = false;
-#elif defined(__aarch64__)
-constexpr int WIDTH = 4;
-constexpr bool MANY_REGISTERS = true;
-#else
-constexpr int WIDTH = 4;
-constexpr bool MANY_REGISTERS = false;
-#endif
-
-// The sums of a tile only stay in registers when the tile is part of the loop around it.
-#define INLINE [[gnu::always_inline]] inline
-
-using Vector = float __attribute__((vector_size(4 * WIDTH)));
-using Bits = uint32_t __attribute__((vector_size(4 * WIDTH)));
-using Halves = uint16_t __attribute__((vector_size(2 * WIDTH)));
 
 // Tiles of sums that stay in registers: DOT_ROWS x DOT_COLUMNS dot products, SUM_ROWS x SUM_VECTORS vectors of sums.
 constexpr int DOT_ROWS = MANY_REGISTERS ? 6 : 2;
@@ -41,95 +19,6 @@ constexpr int SUM_VECTORS = 2;
 constexpr int64_t PIECE = 1024;
 // As many rows of X are read for all columns of D before the next ones are.
 constexpr int64_t ROWS_AT_ONCE = 64;
-
-inline Vector load(const float* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline Vector load(const bfloat16* p) {
-  Halves halves;
-  std::memcpy(&halves, p, sizeof halves);
-  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
-  return reinterpret_cast<Vector>(bits);
-}
-
-inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
-
-// Round to nearest, ties to even, as torch does; a NaN stays one.
-inline void store(bfloat16* p, Vector v) {
-  const Bits bits = reinterpret_cast<Bits>(v);
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits nan = reinterpret_cast<Bits>(v != v);  // all ones where it holds
-  const Halves halves = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Halves);
-  std::memcpy(p, &halves, sizeof halves);
-}
-
-// The first `count` entries, the others zero; all of them where PART is false.
-template <bool PART, class T>
-inline Vector load(const T* p, int64_t count) {
-  if constexpr (!PART) return load(p);
-  T entries[WIDTH] = {};
-  std::memcpy(entries, p, count * sizeof(T));
-  return load(entries);
-}
-
-template <bool PART, class T>
-inline void store(T* p, Vector v, int64_t count) {
-  if constexpr (!PART) return store(p, v);
-  T entries[WIDTH];
-  store(entries, v);
-  std::memcpy(p, entries, count * sizeof(T));
-}
-
-// Four sums whose sum is that of all entries: halves are added until four are left.
-using Four = float __attribute__((vector_size(16)));
-inline Four in_four(Four v) { return v; }
-
-template <class Half, class Whole>
-INLINE Half sum_of_halves(Whole v) {
-  Half halves[2];
-  std::memcpy(halves, &v, sizeof v);
-  return halves[0] + halves[1];
-}
-
-#if defined(__AVX__)
-using Eight = float __attribute__((vector_size(32)));
-inline Four in_four(Eight v) { return sum_of_halves<Four>(v); }
-#endif
-#if defined(__AVX512F__)
-inline Four in_four(Vector v) { return in_four(sum_of_halves<Eight>(v)); }
-#endif
-
-// The sum of the entries of each of COLUMNS vectors; four at once cost little more than one.
-template <int COLUMNS>
-INLINE void totals(const Vector* vectors, float* sums) {
-  Four v[4] = {};
-  for (int j = 0; j < COLUMNS; ++j) v[j] = in_four(vectors[j]);
-  using Places = int32_t __attribute__((vector_size(16)));
-  const auto both = [](Four a, Four b) {
-    return __builtin_shuffle(a, b, Places{0, 4, 1, 5}) + __builtin_shuffle(a, b, Places{2, 6, 3, 7});
-  };
-  const Four a = both(v[0], v[1]), b = both(v[2], v[3]);
-  const Four all = __builtin_shuffle(a, b, Places{0, 1, 4, 5}) + __builtin_shuffle(a, b, Places{2, 3, 6, 7});
-  std::memcpy(sums, &all, COLUMNS * sizeof(float));
-}
-
-template <int ROWS, int COLUMNS>
-INLINE void clear(Vector (&sums)[ROWS][COLUMNS]) {
-  for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < COLUMNS; ++j) sums[i][j] = Vector{};
-}
-
-// Call `body` with the compile-time constant that equals `count`, which is 1 to MOST.
-template <int MOST, class Body>
-inline void with_constant(int64_t count, const Body& body) {
-  if constexpr (MOST > 1) {
-    if (count < MOST) return with_constant<MOST - 1>(count, body);
-  }
-  body(std::integral_constant<int, MOST>());
-}
 
 // ---- dot products of rows ----------------------------------------------------------------------------------------
 // sums[i][j] += X[i] . M[j] over WIDTH entries, or over the first `count` of them.
