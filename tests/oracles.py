@@ -139,6 +139,25 @@ def dora(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tenso
     return {parameter: V * (p["magnitude"] / norm)}
 
 
+def dora_input(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
+    """``V m / |V|`` along each input channel, the norm detached; LyCORIS with ``wd_on_output=False``."""
+    V = ORACLES[settings.inner.name](module, parameter, settings.inner, p)[parameter]
+    measured, m = V.detach(), p["magnitude"]
+    if parameter != "weight" or not isinstance(module, LAYERS):  # (..., out, in)
+        norm = measured.square().sum(-2, keepdim=True).sqrt()
+        return {parameter: m.reshape(norm.shape) * V / norm}
+    if isinstance(
+        module, CONVOLUTIONS
+    ):  # (groups x out, channels, ...): a magnitude for each group's channels
+        grouped = V.unflatten(0, (module.groups, -1))
+        others = (1, *range(3, grouped.dim()))
+        norm = measured.unflatten(0, (module.groups, -1)).square().sum(others, keepdim=True).sqrt()
+        return {parameter: (m.reshape(norm.shape) * grouped / norm).flatten(0, 1)}
+    dim = 0 if isinstance(module, nn.Linear) else 1  # Embedding (vocabulary, out) and Conv1D (in, out)
+    norm = measured.square().sum(dim, keepdim=True).sqrt()
+    return {parameter: m.reshape(norm.shape) * V / norm}
+
+
 def full(module: nn.Module, parameter: str, settings: Any, p: Mapping[str, Tensor]) -> Values:
     """The trained value itself; that of a slice is ``(rows, in)`` also where the layer stores its transpose."""
     stored = module._parameters[parameter]
@@ -279,6 +298,7 @@ LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS, _conv1d_of_transformers())
 ORACLES: dict[str, Oracle] = {
     "lora": lora,
     "dora": dora,
+    "dora_input": dora_input,
     "full": full,
     "bitfit": full,
     "token_rows": token_rows,

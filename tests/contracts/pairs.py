@@ -27,6 +27,7 @@ PARTNERS = {
     "dora": "rslora",
     "dora_rslora": "lora",
     "dora_full_gradient": "lora",
+    "dora_input": "lora",
     "orthogonal": "pissa",
     "pissa": "dora_pissa",
     "olora": "pissa",

@@ -28,6 +28,7 @@ SETTINGS: dict[str, Setting] = {
     "dora": Setting(lk.DoRA(lk.LoRA(r=2, alpha=3))),
     "dora_rslora": Setting(lk.DoRA(lk.LoRA(r=1, alpha=2, scaling="rslora"))),
     "dora_full_gradient": Setting(lk.DoRA(lk.LoRA(r=2, alpha=3), detach_norm=False)),
+    "dora_input": Setting(lk.InputDoRA(lk.LoRA(r=2, alpha=3))),
     "orthogonal": Setting(lk.LoRA(r=2, alpha=3, init="orthogonal")),
     "pissa": Setting(lk.LoRA(r=2, alpha=3, init="pissa")),
     "olora": Setting(lk.LoRA(r=2, alpha=3, init="olora")),

@@ -139,6 +139,10 @@ CASES: dict[str, Case] = {
         {"r": 1, "alpha": 5, "target_modules": FC, "decompose_both": True, "init_weights": "lycoris"},
     ),
     "lokr-factor": Case("LoKrConfig", {"r": 2, "target_modules": FC, "decompose_factor": 2}),
+    "lokr-factor-above-the-root": Case("LoKrConfig", {"r": 1, "target_modules": FC, "decompose_factor": 8}),
+    "lokr-factor-above-the-root-both": Case(
+        "LoKrConfig", {"r": 1, "target_modules": FC, "decompose_factor": 8, "decompose_both": True}
+    ),
     "lokr-convolutions": Case("LoKrConfig", {"r": 1, "target_modules": ["one", "two"]}, FlatConvs, image),
     "lokr-cores": Case(
         "LoKrConfig",

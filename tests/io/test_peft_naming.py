@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import re
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from lorakit.core.selection import pattern_matches
 from lorakit.io.outline import Outline
 from lorakit.io.peft_naming import (
     Naming,
     module_list,
     number,
     parameter_list,
-    smallest_pattern,
     target_modules,
     token_indices,
 )
-
-paths = st.lists(
-    st.sampled_from(["layers", "0", "1", "10", "q_proj", "a+b", "fc", "x"]), min_size=1, max_size=4
-).map(".".join)
-
-
-@given(st.dictionaries(paths, st.integers(1, 3), min_size=1, max_size=12))
-def test_a_pattern_gives_every_target_its_value(values: dict[str, int]) -> None:
-    default, pattern = smallest_pattern(values)
-    for order in (pattern, dict(sorted(pattern.items()))):  # the file is sorted
-        for path, value in values.items():
-            assert next((v for key, v in order.items() if pattern_matches(key, path)), default) == value
-
-
-def test_patterns_are_brief() -> None:
-    values = {f"layers.{n}.{p}": 8 for n in range(30) for p in ("q_proj", "v_proj")}
-    assert smallest_pattern(values) == (8, {})
-    assert smallest_pattern({**values, **{f"layers.{n}.o_proj": 4 for n in range(30)}}) == (8, {"o_proj": 4})
-    assert smallest_pattern({**values, "layers.1.q_proj": 4}) == (8, {r"1\.q_proj": 4})
-    assert smallest_pattern({"fc": 4, "a.fc": 8, "b.fc": 8}) == (8, {"^fc": 4})  # the ending of the others
-    assert smallest_pattern({}) == (8, {})
 
 
 def test_target_modules_without_a_model() -> None:

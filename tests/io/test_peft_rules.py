@@ -15,7 +15,6 @@ from lorakit.io.peft_rules import (
     TOKEN_ROWS_KEY,
     Rule,
     convention,
-    endings,
     natural,
     transposed_pair,
 )
@@ -89,4 +88,3 @@ def test_transposing_a_product() -> None:
 
 def test_paths() -> None:
     assert sorted(["l.10.q", "l.2.q", "a.q", "l.q"], key=natural) == ["a.q", "l.2.q", "l.10.q", "l.q"]
-    assert endings("a.b.c") == ["c", "b.c", "a.b.c"]

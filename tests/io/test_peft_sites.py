@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorakit.core.endings import smallest_pattern
 from lorakit.core.selection import pattern_matches
 from lorakit.errors import AdapterFileError
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import DEFAULTS
 from lorakit.io.peft_keys import Found
-from lorakit.io.peft_naming import smallest_pattern
 from lorakit.io.peft_rules import ATTENTION_IN, ATTENTION_OUT, LINEAR, PARAMETER
 from lorakit.io.peft_sites import Patterns, find_sites, unwrapped
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +52,7 @@ def test_the_split_is_that_of_peft_but_for_the_order() -> None:
     for size in range(1, 200):
         for factor in (-1, 1, 2, 3, 4, 5, 8, 12, 16, 40, 300):
             one, other = theirs(size, factor), factorize(size, factor)
+            assert factorize(size, factor, "factor") == one
             assert other == tuple(sorted(one)), (size, factor)
             assert one == other or (size % factor == 0 and factor**2 > size)
 
@@ -269,3 +272,25 @@ def test_defaults_are_those_of_peft() -> None:
     own = lk.LoKr()
     assert (own.r, own.alpha, own.factor) == (config.r, config.alpha, config.decompose_factor)
     assert (own.decompose_both, own.tucker) == (config.decompose_both, config.use_effective_conv2d)
+
+
+# ---- which number comes first ----------------------------------------------------------------------------------------
+def test_the_factor_itself_may_come_first(tmp_path: Path) -> None:
+    shape = Shape("linear", out=12, in_=8)
+    assert lk.LoKr(r=4, factor=8).shapes(shape) == {"lokr_w1": (3, 1), "lokr_w2": (4, 8)}
+    assert lk.LoKr(r=4, factor=8, first="factor").shapes(shape) == {"lokr_w1": (3, 8), "lokr_w2": (4, 1)}
+    with pytest.raises(ConfigError, match="first of LoKr"):
+        lk.LoKr(first="larger")
+    for first, written in (("smaller", "LORAKIT"), ("factor", "LOKR")):
+        model = nn.Sequential(nn.Linear(8, 12))
+        lk.attach(model, lk.LoKr(r=1, factor=8, first=first), targets=["0"], seed=0)
+        lk.save(model, tmp_path / first)
+        config = json.loads((tmp_path / first / "adapter_config.json").read_text())
+        assert (config["peft_type"] == "LOKR") == (written == "LOKR")
+        again = lk.read(tmp_path / first).spec.methods["0"]
+        assert again.shapes(shape) == lk.LoKr(r=1, factor=8, first=first).shapes(shape)
+    assert "first='smaller'" in str(config_of(tmp_path / "smaller"))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())  # type: ignore[no-any-return]

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.core import AdapterState, DeltaMethod, LowRankMethod, Shape, Target, WeightMethod
+from lorakit.core import AdapterSpec, AdapterState, DeltaMethod, LowRankMethod, Shape, Target, WeightMethod
 from lorakit.core.method import Method
 from lorakit.errors import ConfigError, listing
 from lorakit.methods import DoRA, LoRA
+from lorakit.methods.decomposed import Decomposed
 from lorakit.ops import all_finite
 
 Base = Mapping[str, Tensor]
@@ -105,8 +106,8 @@ def dense_change(state: AdapterState, path: str, base: Base | None = None) -> Te
         )
     if base is None or path not in base:
         raise ConfigError(
-            f"What {method.name} changes at {path!r} depends on the base weight. Give it: base={{{path!r}: W}}, with W "
-            f"as {shape}."
+            f"What {method.name} changes at {path!r} depends on the base weight. Give it: `--base FOLDER`, or "
+            f"base={{{path!r}: W}}, with W as {shape}."
         )
     W = base[path].double()
     want = (*shape.batch, shape.out, shape.in_)
@@ -115,6 +116,16 @@ def dense_change(state: AdapterState, path: str, base: Base | None = None) -> Te
             f"The base weight of {path!r} should have the size {want}; it has {tuple(W.shape)}."
         )
     return method.weight(target, p, W) - W
+
+
+def without_magnitude(state: AdapterState, path: str) -> AdapterState:
+    """The adapter of one target, with what is inside a DoRA in its place."""
+    method, own = state.spec.methods[path], dict(state.tensors[path])
+    if isinstance(method, Decomposed):
+        own.pop("magnitude")
+        method = method.inner
+    shared = {name: state.shared[name] for name in method.shared_shapes()}
+    return AdapterState(AdapterSpec({path: method}, {path: state.spec.shapes[path]}), {path: own}, shared)
 
 
 def bias_change(state: AdapterState, path: str) -> Tensor | None:
@@ -173,7 +184,8 @@ def _no_factors(path: str, method: Method) -> str:
     if isinstance(method, DoRA):
         return (
             f"{path!r} is adapted by DoRA: what it adds depends on the base weight, and magnitudes cannot be added up. "
-            "Give the base weights (base=...) and the true change is taken, or merge each adapter into the base."
+            "Give the base weights (base=..., `--base`) and the true change is taken, or merge each adapter into the "
+            "base."
         )
     if isinstance(method, DeltaMethod):
         return (

@@ -24,6 +24,8 @@ EMBEDDINGS = (
 """Modules that are taken for embedding tables, whose weight is stored as ``(tokens, width)``."""
 CONV1D = r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)"
 """Modules of GPT-2's family that keep a linear layer's weight as ``(in, out)``."""
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""That family, by the ``model_type`` of the config."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def from_checkpoints(
                 raise ConfigError(f"{name!r} of the {who} holds a NaN or an infinity.")
         chosen = shape is not None and (ending is not None if targets is not None else not shape.lookup)
         if not chosen:
-            left_out[name] = float((new.double() - old.double()).norm())
+            left_out[name] = float(new.to(torch.float64, copy=True).sub_(old).norm())
             if rest == "save" and new.is_floating_point():
                 methods[name], shapes[name] = FullFineTuning(), parameter_shape(tuple(new.shape))
                 tensors[name] = {"value": new.reshape(FullFineTuning().shapes(shapes[name])["value"]).clone()}
@@ -125,7 +127,7 @@ def from_checkpoints(
             continue
         assert shape is not None
         kind = dtype or torch.promote_types(new.dtype, torch.float32)
-        matrix = _matrix(new.double() - old.double(), shape, module, transposed)
+        matrix = _matrix(new.to(torch.float64, copy=True).sub_(old), shape, module, transposed)
         A, B, residuals[module] = _factors(matrix, cut, exact)
         methods[module], tensors[module] = as_lora(A, B, None, scale=1.0, dtype=kind)
         shapes[module] = shape

@@ -15,6 +15,7 @@ from lorakit.adapters.change import (
     low_rank_change,
     require_finite,
     widest_dtype,
+    without_magnitude,
 )
 from lorakit.adapters.fit import Cut, Fitted, Residual, split
 from lorakit.core import AdapterSpec, AdapterState, DeltaMethod, LowRankMethod
@@ -97,17 +98,8 @@ def _has_rank(method: Method, dense: bool) -> bool:
     return isinstance(inner, LowRankMethod) or (dense and isinstance(inner, DeltaMethod))
 
 
-def _without_magnitude(state: AdapterState, path: str) -> AdapterState:
-    """The adapter of one target, with what is inside a DoRA in its place."""
-    method, own = _inner(state.spec.methods[path]), dict(state.tensors[path])
-    if isinstance(state.spec.methods[path], DoRA):
-        own.pop("magnitude")
-    shared = {name: state.shared[name] for name in method.shared_shapes()}
-    return AdapterState(AdapterSpec({path: method}, {path: state.spec.shapes[path]}), {path: own}, shared)
-
-
 def _triplets(state: AdapterState, path: str, dense: bool) -> Triplets:
-    inner = _without_magnitude(state, path)
+    inner = without_magnitude(state, path)
     if not isinstance(inner.spec.methods[path], LowRankMethod):
         change = dense_change(inner, path)
         return leading_triplets(change, min(change.shape[-2:]))

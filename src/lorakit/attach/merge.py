@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.attachments import Attachments, Merged, attachments_of
+from lorakit.attach.fold import Change, add_bias_delta, fold
 from lorakit.attach.slot import AdapterParameters, Slot
 from lorakit.core.method import WeightMethod
 from lorakit.core.route import OFF, Mix
 from lorakit.core.target import Target
 from lorakit.core.walk import base_modules
 from lorakit.errors import MergeError, listing
-from lorakit.ops import all_finite, own_precision
+from lorakit.ops import all_finite
 from lorakit.targets.dense import DenseStorage
 
 
@@ -201,30 +202,20 @@ def _fold(
 ) -> tuple[_New, Tensor | None]:
     """The new value of one stored weight, with ``added`` put on top, and what its layer's bias gains."""
     first = acting[0][0].target
-    dtype = first.storage.load(first.module, first.parameter).dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    stored = first.storage.load(first.module, first.parameter).to(wide)
+    stored = first.storage.load(first.module, first.parameter)
+    changes: list[Change] = []
     bias: Tensor | None = None
-    total: Tensor | None = None
     for slot, name, weight in acting:
         target, adapter = slot.target, slot.adapter(name)
         assert isinstance(adapter, AdapterParameters)
         method = adapter.method
         assert isinstance(method, WeightMethod)
-        p = {key: value.detach().to(wide) for key, value in adapter._parameters.items() if value is not None}
-        base = target.to_matrix(stored)
-        so_far = stored if total is None else total
-        running = base if total is None else target.to_matrix(total)
-        with own_precision(stored):
-            total = target.replaced(so_far, method.fold(target, p, running, base, weight))
-        extra = method.bias_delta(target, p)
-        if extra is not None:
-            extra = weight * target.spread(extra)
-            bias = extra if bias is None else bias + extra
-    assert total is not None
-    if added is not None:
-        total = total + added
-    return _New(first, _rounded(total, dtype, first.path, mix), None), bias
+        p = {key: value.detach() for key, value in adapter._parameters.items() if value is not None}
+        changes.append(Change(target, method, p, weight))
+        bias = add_bias_delta(bias, changes[-1], stored.dtype)
+    new = torch.empty_like(stored)
+    fold(stored, changes, new, added)
+    return _New(first, _rounded(new, stored.dtype, first.path, mix), None), bias
 
 
 def _check_weights(attachments: Attachments, mix: Mix) -> None:

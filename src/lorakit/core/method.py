@@ -148,6 +148,14 @@ class WeightMethod(Method):
         """What is added to the layer's bias ``(out,)``, or None."""
         return None
 
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """The parameters that run along the output rows: name to dimension, counted from the end.
+
+        With these cut to some rows, `weight` gives those rows of the new weight from the same rows of the base: a large
+        weight can then be merged block by block. None when it cannot.
+        """
+        return None
+
     def fold(self, target: Target, p: Tensors, W: Tensor, base: Tensor, weight: float) -> Tensor:
         """``W + weight * (weight(base) - base)``: one step of a merge that started at ``W = base``."""
         new = self.weight(target, p, base)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError, listing
-from lorakit.io.safetensors_file import Entry, damaged, read_header
+from lorakit.io.safetensors_file import Entry, damaged, memory_of, read_header
 
 _INDEX = ".safetensors.index.json"
+_PIECE_BYTES = 2**22
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -47,12 +48,25 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file, start, (dtype, shape, begin, end) = self._entries[name]
-        data = bytearray(end - begin)
+        data = torch.empty(end - begin, dtype=torch.uint8)
         with file.open("rb") as opened:
             opened.seek(start + begin)
-            if opened.readinto(data) != len(data):
+            if len(data) and opened.readinto(memory_of(data)) != len(data):
                 raise damaged(file, f"it ended while {name!r} was being read")
-        return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+        return data.view(dtype).view(shape)
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor as the file holds them, a few megabytes at a time."""
+        file, start, (_, _, begin, end) = self._entries[name]
+        with file.open("rb") as opened:
+            opened.seek(start + begin)
+            left = end - begin
+            while left:
+                piece = opened.read(min(left, _PIECE_BYTES))
+                if not piece:
+                    raise damaged(file, f"it ended while {name!r} was being read")
+                left -= len(piece)
+                yield piece
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -63,6 +77,14 @@ class Checkpoint(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """The size of a tensor, from the header alone."""
         return self._entries[name][2][1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, from the header alone."""
+        return self._entries[name][2][0]
+
+    def file(self, name: str) -> str:
+        """The name of the file that a tensor is in."""
+        return self._entries[name][0].name
 
 
 def _files(path: Path) -> list[Path]:

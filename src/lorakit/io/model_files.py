@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.attach.attach import attach, state_of
 from lorakit.attach.attachments import attachments_of, root_of
@@ -107,21 +107,29 @@ def load(
         outline=outline_of(model),
         initial=initial,
     )
-    state = _without_repeated_tables(model, state)
+
+    def table(path: str) -> Tensor | None:
+        target = parameter_target(model, path)
+        return None if target is None else target.stored.detach()
+
+    state = without_repeated_tables(state, table)
     return attach(model, state, name=name, trainable=trainable, freeze=freeze, dtype=dtype)
 
 
-def _without_repeated_tables(model: nn.Module, state: AdapterState) -> AdapterState:
-    """Drop copies of an adapted embedding's table that say nothing new: PEFT writes one with each such adapter."""
+def without_repeated_tables(state: AdapterState, table: Callable[[str], Tensor | None]) -> AdapterState:
+    """Drop copies of an adapted embedding's table that say nothing new: PEFT writes one with each such adapter.
+
+    Args:
+        state: The adapter.
+        table: The base's parameter of a path, or None.
+    """
     repeated = set()
     for path, shape in state.spec.shapes.items():
         if not shape.lookup or f"{path}.weight" not in state.tensors:
             continue
-        table = parameter_target(model, f"{path}.weight")
+        base = table(f"{path}.weight")
         (value,) = state.tensors[f"{path}.weight"].values()
-        if table is None or value.shape != table.stored.shape:
-            continue
-        if torch.equal(value.to(table.stored), table.stored.detach()):
+        if base is not None and value.shape == base.shape and torch.equal(value.to(base), base):
             repeated.add(f"{path}.weight")
     if not repeated:
         return state

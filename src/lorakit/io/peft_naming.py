@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.core.endings import endings
 from lorakit.core.selection import ends_with
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import SELECTION
-from lorakit.io.peft_rules import endings, natural
+from lorakit.io.peft_rules import natural
 
 
 @dataclass(frozen=True)
@@ -44,30 +44,6 @@ class Naming:
 def number(value: float) -> float | int:
     """A whole number as PEFT writes it."""
     return int(value) if float(value).is_integer() else value
-
-
-def smallest_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A default, and a pattern for the targets that have another value.
-
-    A key is the shortest ending of a path that no target with another value shares; where there is none, the whole path
-    anchored with ``^``.
-    """
-    if not values:
-        return 8, {}
-    default = Counter(values.values()).most_common(1)[0][0]
-    if all(value == default for value in values.values()):
-        return default, {}
-    shared: dict[str, set[Any]] = {}
-    for path, value in values.items():
-        for ending in endings(path):
-            shared.setdefault(ending, set()).add(value)
-    pattern: dict[str, Any] = {}
-    for path, value in values.items():
-        if value == default:
-            continue
-        brief = next((ending for ending in endings(path) if shared[ending] == {value}), None)
-        pattern["^" + re.escape(path) if brief is None else re.escape(brief)] = value
-    return default, pattern
 
 
 def target_modules(paths: Sequence[str], hints: Mapping[str, Any], outline: Outline | None) -> dict[str, Any]:

@@ -186,9 +186,3 @@ def transposed_pair(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def natural(path: str) -> list[tuple[int, int, str]]:
     """A sort key with ``layers.2`` before ``layers.10``."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.split(".")]
-
-
-def endings(path: str) -> list[str]:
-    """A path's endings from a dot on, the shortest first and the path itself last."""
-    parts = path.split(".")
-    return [".".join(parts[n:]) for n in range(len(parts) - 1, -1, -1)]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.core.endings import endings
 from lorakit.core.selection import ends_with, pattern_matches
 from lorakit.errors import AdapterFileError, listing
 from lorakit.io.embedded import Embedded
@@ -21,7 +22,6 @@ from lorakit.io.peft_rules import (
     PARAMETER,
     Rule,
     convention,
-    endings,
     natural,
 )
 

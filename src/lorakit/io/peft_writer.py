@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lorakit.core.adapter import AdapterState
+from lorakit.core.endings import smallest_pattern
 from lorakit.core.target import Shape
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import DEFAULTS, KEPT
@@ -14,7 +15,6 @@ from lorakit.io.peft_naming import (
     module_list,
     number,
     parameter_list,
-    smallest_pattern,
     target_modules,
     token_indices,
 )

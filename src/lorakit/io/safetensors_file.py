@@ -49,7 +49,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             length = _header_length(path, file.read(8), size)
             entries, metadata = parse_header(path, file.read(length), size - 8 - length)
             data = torch.empty(size - 8 - length, dtype=torch.uint8)
-            if data.numel() and file.readinto(_memory(data)) != data.numel():
+            if data.numel() and file.readinto(memory_of(data)) != data.numel():
                 raise damaged(path, "it ended while it was being read")
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error.strerror or error}.") from error
@@ -133,26 +133,50 @@ def parse_header(path: Path, text: bytes, data_bytes: int) -> tuple[dict[str, En
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Any]:
     """The bytes of a file, piece by piece: the header, then each tensor's memory, nothing copied that need not be.
 
-    Tensors are laid out by size of dtype and then by name, so that each is aligned and equal input gives equal bytes.
+    Equal input gives equal bytes.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    first, names = header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata)
+    yield first
+    for name in names:
+        yield from pieces_of(tensors[name])
+
+
+def header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """How a file begins, and the order in which the tensors follow: by size of dtype and then by name.
+
+    So each is aligned, and what a file holds decides its bytes.
+
+    Args:
+        tensors: Name to dtype and size.
+        metadata: What else the header says.
+
+    Raises:
+        AdapterFileError: A dtype that the format has no word for.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for name, tensor in ordered:
-        if tensor.dtype not in CODES:
+    for name in names:
+        dtype, shape = tensors[name]
+        if dtype not in CODES:
             raise AdapterFileError(
-                f"Tensor {name!r} has dtype {tensor.dtype}, which a .safetensors file cannot hold."
+                f"Tensor {name!r} has dtype {dtype}, which a .safetensors file cannot hold."
             )
-        end = at + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        end = at + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        if tensor.numel():
-            kept = tensor.detach().cpu().contiguous()  # alive for as long as its memory is in use
-            yield _memory(kept)
+    return len(text).to_bytes(8, "little") + text, names
+
+
+def pieces_of(tensor: Tensor) -> Iterator[Any]:
+    """The bytes of a tensor, as a file holds them."""
+    if tensor.numel():
+        kept = tensor.detach().cpu().contiguous()  # alive for as long as its memory is in use
+        yield memory_of(kept)
 
 
 def damaged(path: Path, why: str) -> AdapterFileError:
@@ -216,7 +240,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _memory(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's own memory, as bytes."""
     size = tensor.numel() * tensor.element_size()
     return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")

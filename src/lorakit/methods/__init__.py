@@ -7,6 +7,7 @@ from lorakit.methods.dora import DoRA
 from lorakit.methods.dylora import DyLoRA
 from lorakit.methods.full import FullFineTuning
 from lorakit.methods.ia3 import IA3
+from lorakit.methods.input_dora import InputDoRA
 from lorakit.methods.loha import LoHa
 from lorakit.methods.lokr import LoKr
 from lorakit.methods.lora import LoRA
@@ -25,6 +26,7 @@ __all__ = [
     "FullFineTuning",
     "Houlsby",
     "IA3",
+    "InputDoRA",
     "LoHa",
     "LoKr",
     "LoRA",

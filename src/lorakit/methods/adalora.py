@@ -146,6 +146,10 @@ class AdaLoRA(LowRankMethod):
         """``A``, ``B diag(E)`` and the scale."""
         return Factors(p["lora_A"], p["lora_B"] * p["lora_E"].mT, self.scale)
 
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """``B``."""
+        return {"lora_B": -2}
+
     def fold(self, target: Target, p: Tensors, W: Tensor, base: Tensor, weight: float) -> Tensor:
         """``W + weight * s B diag(E) A``; of rank 0, ``W`` itself."""
         return super().fold(target, p, W, base, weight) if self.rank else W

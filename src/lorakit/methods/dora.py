@@ -10,19 +10,16 @@ frozen base are. Both live beside the model and not in it, see `lorakit.ops.reme
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorakit.core.method import DeltaMethod, LowRankMethod, Tensors, WeightMethod
-from lorakit.core.process import Site, TrainingProcess
+from lorakit.core.method import LowRankMethod, Tensors
 from lorakit.core.registry import register
 from lorakit.core.target import Shape, Target
-from lorakit.errors import ConfigError
-from lorakit.methods.lora import LoRA
+from lorakit.methods.decomposed import Decomposed
 from lorakit.ops import own_precision, row_norms, row_squares
 from lorakit.ops.remembered import Remembered, tensors_in
 
@@ -32,7 +29,7 @@ _SQUARES: Remembered[Tensor] = Remembered()
 
 @register("dora")
 @dataclass(frozen=True)
-class DoRA(WeightMethod):
+class DoRA(Decomposed):
     """Weight-decomposed adaptation over any method that defines a change of the weight.
 
     Parameters per target: those of ``inner``, and ``magnitude`` ``(*batch, out)``. The bias of the layer is
@@ -44,82 +41,11 @@ class DoRA(WeightMethod):
             pushes each row at a right angle to itself; it costs memory and brought 0.2 points in the paper.
     """
 
-    inner: DeltaMethod = field(default_factory=LoRA)
     detach_norm: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.inner, DeltaMethod):
-            raise ConfigError(
-                f"DoRA wraps a method that adds a change to the weight, such as LoRA; got {self.inner!r}."
-            )
-
-    @property
-    def roles(self) -> Mapping[str, str]:  # type: ignore[override]
-        """Those of the inner method, and the magnitude."""
-        return {**self.inner.roles, "magnitude": "magnitude"}
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """Those of the inner method."""
-        return self.inner.frozen
-
-    def for_path(self, path: str) -> DoRA:
-        """The inner method's settings for one target."""
-        inner = self.inner.for_path(path)
-        assert isinstance(inner, DeltaMethod)
-        return dataclasses.replace(self, inner=inner)
-
-    def patterns(self) -> tuple[str, ...]:
-        """Those of the inner method."""
-        return self.inner.patterns()
-
-    def for_targets(self, shapes: Mapping[str, Shape]) -> DoRA:
-        """The inner method's settings for all targets."""
-        inner = self.inner.for_targets(shapes)
-        assert isinstance(inner, DeltaMethod)
-        return dataclasses.replace(self, inner=inner)
-
-    def process(self, sites: Sequence[Site], total_steps: int) -> TrainingProcess | None:
-        """That of the inner method."""
-        inside = []
-        for site in sites:
-            assert isinstance(site.method, DoRA)
-            inside.append(site._replace(method=site.method.inner))
-        return self.inner.process(inside, total_steps)
-
-    def compact(self, shape: Shape, tensors: Tensors) -> tuple[DoRA, Tensors]:
-        """That of the inner method, beside the magnitude."""
-        inner, kept = self.inner.compact(shape, {k: t for k, t in tensors.items() if k != "magnitude"})
-        assert isinstance(inner, DeltaMethod)
-        return dataclasses.replace(self, inner=inner), {**kept, "magnitude": tensors["magnitude"]}
-
-    def plain(self, shape: Shape, tensors: Tensors) -> tuple[DoRA, Tensors]:
-        """That of the inner method, beside the magnitude."""
-        inner, kept = self.inner.plain(shape, {k: t for k, t in tensors.items() if k != "magnitude"})
-        assert isinstance(inner, DeltaMethod)
-        return dataclasses.replace(self, inner=inner), {**kept, "magnitude": tensors["magnitude"]}
-
-    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of the inner method."""
-        return self.inner.shared_shapes()
-
-    def start_shared(self, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """Those of the inner method."""
-        return self.inner.start_shared(generator)
 
     def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Those of the inner method, and ``magnitude`` ``(*batch, out)``."""
         return {**self.inner.shapes(shape), "magnitude": (*shape.batch, shape.out)}
-
-    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
-        """The inner start, with the magnitude at the norms, so that the output is unchanged."""
-        inner = self.inner.start(target, generator, shared)
-        W = target.weight()
-        on_base = {name: t.to(W.device) for name, t in {**inner, **shared}.items()}
-        return {
-            **inner,
-            "magnitude": self.norms(target, on_base, W).to(torch.promote_types(W.dtype, torch.float32)),
-        }
 
     def norms(self, target: Target, p: Tensors, W: Tensor, squares: Tensor | None = None) -> Tensor:
         """``n = |W + delta|`` along each output feature, ``(*batch, out)``; by default constant in the backward pass.
@@ -162,6 +88,11 @@ class DoRA(WeightMethod):
         gain = p["magnitude"] / self.norms(target, p, W)
         return gain.unsqueeze(-1).to(W.dtype) * self.inner.weight(target, p, W)
 
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """Those of the inner method, and the magnitude."""
+        inner = self.inner.along_rows(shape)
+        return None if inner is None else {**inner, "magnitude": -1}
+
     def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
         """``(m / n) * (base + change) + (1 - m / n) * bias``: the bias is in the base output, and is not to be scaled.
 
@@ -174,9 +105,3 @@ class DoRA(WeightMethod):
         if target.bias is None:
             return y
         return target.scale_add_bias(y, target.bias * (1 - gain.flatten()), 1.0)
-
-    def supports(self, target: Target) -> str | None:
-        """What the inner method supports, without a bias of its own."""
-        if isinstance(self.inner, LoRA) and self.inner.bias:
-            return "DoRA scales the weight and not the bias: use LoRA(bias=False) inside it"
-        return self.inner.supports(target)

@@ -111,6 +111,10 @@ class DyLoRA(LowRankMethod):
         active = p[ACTIVE].to(torch.promote_types(B.dtype, torch.float32))
         return Factors(A, B * (active * (self.alpha / active.sum())).to(B.dtype), 1.0)
 
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """``B``."""
+        return {"lora_B": -2}
+
     def plain(self, shape: Shape, tensors: Tensors) -> tuple[LoRA, Tensors]:
         """The LoRA of rank ``r`` that it is outside training; for other ranks see `lorakit.adapters.truncate`."""
         active = tensors[ACTIVE]

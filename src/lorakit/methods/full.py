@@ -40,3 +40,7 @@ class FullFineTuning(WeightMethod):
     def weight(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
         """The copy."""
         return p["value"].to(W.dtype)
+
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """The copy."""
+        return {"value": -2}

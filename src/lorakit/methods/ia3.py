@@ -85,6 +85,10 @@ class IA3(WeightMethod):
         """``diag(l) W`` or ``W diag(l)``."""
         return W * self._along(target.shape, p["ia3_l"]).to(W.dtype)
 
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """The factors, where they are on the outputs."""
+        return {"ia3_l": -1} if self.side == "output" else {}
+
     def bias_delta(self, target: Target, p: Tensors) -> Tensor | None:
         """``(l - 1) * bias`` where outputs are scaled."""
         bias = target.base_bias

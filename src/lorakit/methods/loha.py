@@ -7,6 +7,7 @@ and proposition 3 for the Tucker form of convolutions.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,10 @@ class LoHa(RankedMethod):
         """``s (B1 A1) ∘ (B2 A2)``; autocast does not round the products inside."""
         with own_precision(p["hada_w1_a"]):
             return hadamard_low_rank(*self._pair(p, "1"), *self._pair(p, "2"), self.scale)
+
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """Both ``B``; in the Tucker form these lie the other way round."""
+        return dict.fromkeys(("hada_w1_a", "hada_w2_a"), -1 if self._has_cores(shape) else -2)
 
     def _pair(self, p: Tensors, k: str) -> tuple[Tensor, Tensor]:
         """``B`` ``(*batch, out, r)`` and ``A`` ``(*batch, r, in)`` of one product."""

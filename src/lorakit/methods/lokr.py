@@ -23,6 +23,7 @@ from lorakit.ops import kronecker
 
 INITS = ("peft", "lycoris")
 SCALINGS = ("peft", "lycoris")
+FIRSTS = ("smaller", "factor")
 
 
 @register("lokr")
@@ -43,6 +44,8 @@ class LoKr(RankedMethod):
         alpha_pattern: The same for ``alpha``.
         factor: How sizes are split, see `factorize`: -1 for the divisors nearest the square root, else one of the two
             is this number where it divides the size.
+        first: Which of the two numbers is ``a`` or ``c``, the size of ``W1``: the ``"smaller"`` one (LyCORIS), or
+            ``"factor"``, the factor itself where it divides the size (PEFT, which differs where that is the larger).
         decompose_both: Keep ``W1`` too as a low-rank product where ``r < max(a, c) / 2``.
         init: ``"peft"``: ``W1`` zero. ``"lycoris"``: ``W2`` zero. The other one is Kaiming-uniform.
         scaling: ``"peft"`` for ``alpha / r`` everywhere; ``"lycoris"`` for 1 where both factors are full.
@@ -59,6 +62,7 @@ class LoKr(RankedMethod):
     init: str = "peft"
     scaling: str = "peft"
     tucker: bool = False
+    first: str = "smaller"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,10 +74,11 @@ class LoKr(RankedMethod):
             raise ConfigError(f"factor must be -1 or a whole number of at least 1; got {self.factor!r}.")
         check_choice("init of LoKr", self.init, INITS)
         check_choice("scaling of LoKr", self.scaling, SCALINGS)
+        check_choice("first of LoKr", self.first, FIRSTS)
 
     def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """``W1`` and ``W2``, each whole or as its factors."""
-        (a, b), (c, d) = (factorize(size, self.factor) for size in (shape.out, shape.channels))
+        (a, b), (c, d) = (factorize(size, self.factor, self.first) for size in (shape.out, shape.channels))
         r, stack, kernel = self.r, shape.batch, shape.kernel
         positions = math.prod(kernel)
         sizes: dict[str, tuple[int, ...]] = {}
@@ -127,17 +132,20 @@ class LoKr(RankedMethod):
         return 1.0 if self.scaling == "lycoris" and both_full else self.scale
 
 
-def factorize(size: int, factor: int = -1) -> tuple[int, int]:
-    """Two numbers whose product is ``size``, the first not the larger one.
+def factorize(size: int, factor: int = -1, first: str = "smaller") -> tuple[int, int]:
+    """Two numbers whose product is ``size``.
 
     Args:
         size: What to split.
         factor: -1 for the divisors nearest the square root. Else one of the two, where it divides ``size``; where it
             does not, the largest divisor up to the square root that does not exceed it.
+        first: ``"smaller"``: the first is not the larger one. ``"factor"``: it is the factor, where that divides.
     """
     if factor > 0 and size % factor == 0:
-        first = factor
+        one = factor
+        if first == "factor":
+            return one, size // one
     else:
         most = math.isqrt(size) if factor < 0 else min(math.isqrt(size), factor)
-        first = next(n for n in range(most, 0, -1) if size % n == 0)
-    return min(first, size // first), max(first, size // first)
+        one = next(n for n in range(most, 0, -1) if size % n == 0)
+    return min(one, size // one), max(one, size // one)

@@ -140,6 +140,10 @@ class LoRA(Ranked, LowRankMethod):
             A, B = joined(A, A - A0, -2), joined(B - B0, B0, -1)
         return Factors(A, B, self.scale)
 
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """``B``, and its start where that is subtracted."""
+        return {"lora_B": -2, "start_B": -2} if self.subtracted else {"lora_B": -2}
+
     def plain(self, shape: Shape, tensors: Tensors) -> tuple[Method, Tensors]:
         """A subtracted start as a LoRA of twice the rank, with the alpha that leaves the scale as it is."""
         if not self.subtracted:

@@ -60,6 +60,10 @@ class TokenRows(WeightMethod):
             return W.index_copy(-1, self._index(W), rows.mT)
         return W.index_copy(-2, self._index(W), rows)
 
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """The vectors of a table; in a head each token is an output row of its own."""
+        return {"rows": -1} if shape.lookup else None
+
     def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
         """Only the affected places: looked-up tokens in an embedding, columns of the logits in a head."""
         rows = p["rows"].to(y.dtype)

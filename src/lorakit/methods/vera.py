@@ -121,6 +121,10 @@ class VeRA(LowRankMethod):
         B = p["vera_B"][: target.out] * (b.unsqueeze(-1) * d.unsqueeze(-2))
         return Factors(A, B, 1.0)
 
+    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
+        """``B`` and the vector on its rows."""
+        return {"vera_B": -2, "vera_lambda_b": -1}
+
     def supports(self, target: Target) -> str | None:
         """What fits into the projections; dropout needs a layer whose call can be hooked."""
         for what, size, most in (("columns", target.in_, self.max_in), ("rows", target.out, self.max_out)):

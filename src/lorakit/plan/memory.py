@@ -15,7 +15,7 @@ from lorakit.plan.counting import Counts
 from lorakit.targets.find import find
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORAGES = ("dense", "nf4")
+STORAGES = ("dense", "nf4", "int8")
 
 
 def dtype_called(name: str) -> torch.dtype:
@@ -37,7 +37,7 @@ class Weights:
 
     Attributes:
         dense: Bytes of what is kept in the base's dtype, buffers included.
-        packed: Bytes of the codes and scales of what is kept in four bits.
+        packed: Bytes of the codes and scales of what is kept in four or eight bits.
         packed_numel: Numbers in those.
         widest_packed: Numbers in the largest one.
     """
@@ -74,7 +74,9 @@ def nf4_bytes(numel: int, double_quant: bool = True) -> int:
 
 
 def weights(model: nn.Module, dtype: torch.dtype, storage: str = "dense") -> Weights:
-    """The base of a model; with ``"nf4"`` what `lorakit.quantize` packs by default: every linear layer, heads left out.
+    """The base of a model.
+
+    With ``"nf4"`` or ``"int8"`` what `lorakit.quantize` packs by default: every linear layer, heads left out.
 
     Raises:
         ConfigError: The storage is unknown, or there is nothing to pack.
@@ -84,11 +86,14 @@ def weights(model: nn.Module, dtype: torch.dtype, storage: str = "dense") -> Wei
             f"There is no storage {storage!r}.{near_matches(storage, STORAGES)} Known: {', '.join(STORAGES)}."
         )
     packed: dict[int, int] = {}
-    if storage == "nf4":
+    rows = 0
+    if storage != "dense":
         try:
-            packed = {id(target.stored): target.shape.numel for target in find(model, "all-linear")}
+            found = {id(target.stored): target.shape for target in find(model, "all-linear")}
         except UnmatchedTargetError as error:
-            raise ConfigError(f"There is nothing to keep in four bits. {error}") from error
+            raise ConfigError(f"There is nothing to keep in few bits. {error}") from error
+        packed = {key: shape.numel for key, shape in found.items()}
+        rows = sum(shape.numel // shape.in_ for shape in found.values())
     dense = sum(
         p.numel() * (dtype.itemsize if p.is_floating_point() else p.element_size())
         for _, p in base_parameters(model)
@@ -98,7 +103,9 @@ def weights(model: nn.Module, dtype: torch.dtype, storage: str = "dense") -> Wei
     dense += sum(b.numel() * b.element_size() for b in buffers.values())
     return Weights(
         dense,
-        sum(nf4_bytes(n) for n in packed.values()),
+        sum(packed.values()) + 4 * rows  # a scale in float32 for each row
+        if storage == "int8"
+        else sum(nf4_bytes(n) for n in packed.values()),
         sum(packed.values()),
         max(packed.values(), default=0),
     )

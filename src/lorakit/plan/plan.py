@@ -28,7 +28,7 @@ class Run:
         device: Whose kernels are assumed, ``"cuda"`` or ``"cpu"``.
         dtype: Of the base: ``"bfloat16"``, ``"float16"``, ``"float32"``; empty for bfloat16 on CUDA, float32 on a CPU.
         adapter_dtype: Of the adapter, its gradients and the optimizer's means.
-        storage: ``"dense"``, or ``"nf4"`` for linear layers in four bits (QLoRA).
+        storage: ``"dense"``; ``"nf4"`` for linear layers in four bits (QLoRA), ``"int8"`` for eight.
         checkpointing: Whether activations are computed again in backward.
         packing: Whether the rows of a batch lie in one row, so that nothing is padded.
         learnt: The share of positions whose logits the loss needs: the answers in a prompt with answer.
@@ -278,9 +278,10 @@ def assumptions(base: Architecture, run: Run) -> tuple[str, ...]:
         if run.packing
         else f"a batch is {run.batch} x {run.length:,} tokens, padding included"
     )
-    packed = (
-        ", its linear layers but for heads in NF4 with double quantisation" if run.storage == "nf4" else ""
-    )
+    packed = {
+        "nf4": ", its linear layers but for heads in NF4 with double quantisation",
+        "int8": ", its linear layers but for heads in int8",
+    }.get(run.storage, "")
     listed = [
         f"the base is in {run.base_dtype}{packed}; no autocast, no copy of it in another dtype",
         f"the adapter, its gradients and AdamW's two means are in {run.adapter_dtype}",

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorakit.adapters.change import ShapeTarget
 from lorakit.errors import AdapterFileError
 from lorakit.io.formats import Hints, Names, convert, read_any, read_names, write_as
-from lorakit.methods import DoRA, LoHa, LoKr, LoRA
+from lorakit.methods import DoRA, InputDoRA, LoHa, LoKr, LoRA
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 Q_PATH = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -83,9 +84,35 @@ def test_dora_scale_along_the_outputs(tmp_path: Path) -> None:
     assert isinstance(method, DoRA)
 
 
-def test_dora_scale_along_the_inputs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match=r"runs along the inputs.*wd_on_output"):
-        read_any(saved(tmp_path, **{TE: {**pair(3072, 768), "dora_scale": torch.rand(1, 768)}}))
+@pytest.mark.parametrize("size", [(1, 768), (768,)])
+def test_dora_scale_along_the_inputs_is_the_function_of_early_lycoris(
+    tmp_path: Path, size: tuple[int, ...]
+) -> None:
+    group = {**pair(3072, 768), "dora_scale": torch.rand(size)}
+    state, _ = read_any(saved(tmp_path, **{TE: group}))
+    ((path, method),) = state.spec.methods.items()
+    assert method == InputDoRA(LoRA(r=method.inner.r, alpha=method.inner.alpha))  # type: ignore[attr-defined]
+    W = torch.randn(3072, 768)
+    V = W + method.inner.scale * group["lora_up.weight"] @ group["lora_down.weight"]  # type: ignore[attr-defined]
+    theirs = group["dora_scale"].reshape(1, 768) * V / V.norm(dim=0, keepdim=True)
+    torch.testing.assert_close(
+        method.weight(ShapeTarget(path, state.spec.shapes[path]), state.parameters(path), W),
+        theirs,  # type: ignore[attr-defined]
+    )
+    write_as(state, tmp_path / "again.safetensors", "kohya")
+    again, _ = read_any(tmp_path / "again.safetensors")
+    assert again.spec.methods == state.spec.methods
+    assert torch.equal(again.tensors[path]["magnitude"], state.tensors[path]["magnitude"])
+
+
+def test_a_dora_scale_that_could_be_either_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match=r"may run along the 320 outputs or along as many inputs"):
+        read_any(saved(tmp_path, **{Q: {**pair(320, 320), "dora_scale": torch.rand(320)}}))
+    with pytest.raises(AdapterFileError, match=r"fits neither the 320 outputs nor the 320 inputs"):
+        read_any(saved(tmp_path, **{Q: {**pair(320, 320), "dora_scale": torch.rand(5)}}))
+    for size, kind in (((320, 1), DoRA), ((1, 320), InputDoRA)):
+        state, _ = read_any(saved(tmp_path, **{Q: {**pair(320, 320), "dora_scale": torch.rand(size)}}))
+        assert type(state.spec.methods[Q_PATH]) is kind
 
 
 @pytest.mark.parametrize(

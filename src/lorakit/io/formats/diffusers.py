@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.core.adapter import AdapterSpec, AdapterState
+from lorakit.core.endings import smallest_pattern
 from lorakit.core.method import Method
 from lorakit.core.selection import pattern_matches
 from lorakit.core.target import Shape
@@ -23,7 +24,7 @@ from lorakit.io.formats.format import Format, Hints, Tensors, Written
 from lorakit.io.formats.modules import ALPHA, DOWN, UP, plainest, read_module, scalar, write_module
 from lorakit.io.formats.names import COMPONENTS, split_component
 from lorakit.io.peft_keys import Found
-from lorakit.io.peft_naming import number, smallest_pattern
+from lorakit.io.peft_naming import number
 from lorakit.io.strictness import Complaints
 from lorakit.methods import DoRA, LoRA
 

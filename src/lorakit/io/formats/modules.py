@@ -17,8 +17,9 @@ from lorakit.core.target import Shape
 from lorakit.errors import AdapterFileError, ConfigError
 from lorakit.io.peft_keys import Found
 from lorakit.io.strictness import Complaints, floating
-from lorakit.methods import DoRA, LoHa, LoKr, LoRA
-from lorakit.methods.lokr import factorize
+from lorakit.methods import DoRA, InputDoRA, LoHa, LoKr, LoRA
+from lorakit.methods.decomposed import Decomposed
+from lorakit.methods.lokr import FIRSTS, factorize
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 ALPHA, DORA = "alpha", "dora_scale"
@@ -78,7 +79,8 @@ def read_module(
     change, shape, held = made
     method: Method = change
     if DORA in group:
-        method, held = DoRA(inner=change), {**held, "magnitude": _magnitude(group[DORA], shape)}
+        axis, magnitude = _magnitude(group[DORA], shape)
+        method, held = axis(inner=change), {**held, "magnitude": magnitude}
     want = method.shapes(shape)
     sizes = {name: tuple(t.shape) for name, t in held.items()}
     if want != sizes:
@@ -108,9 +110,10 @@ def write_module(path: str, method: Method, shape: Shape, p: Mapping[str, Tensor
         )
         raise AdapterFileError(f"{path!r} is {what}; this format holds linear layers and plain convolutions.")
     written: dict[str, Tensor] = {}
-    if isinstance(method, DoRA):
-        kernel = (1,) * max(len(shape.kernel), 0)
-        written[DORA] = p["magnitude"].reshape(shape.out, 1, *kernel)
+    if isinstance(method, Decomposed):
+        ones = (1,) * len(shape.kernel)
+        size = (shape.out, 1, *ones) if isinstance(method, DoRA) else (1, shape.channels, *ones)
+        written[DORA] = p["magnitude"].reshape(size)
         method = method.inner
     if isinstance(method, LoRA):
         if method.bias:
@@ -140,11 +143,11 @@ def plainest(
 ) -> tuple[Method, dict[str, Tensor]]:
     """The same change by a method that has a name outside lorakit: anything of low rank as the LoRA that it equals."""
     tensors = dict(p)
-    if isinstance(method, DoRA):
+    if isinstance(method, Decomposed):
         inside = {name: t for name, t in p.items() if name != "magnitude"}
         inner, held = plainest(path, method.inner, shape, inside, losses)
         assert isinstance(inner, DeltaMethod)
-        return DoRA(inner=inner), {**held, "magnitude": p["magnitude"]}
+        return type(method)(inner=inner), {**held, "magnitude": p["magnitude"]}
     if isinstance(method, LoRA):
         if method.dropout:
             losses.append(f"dropout={method.dropout:g}, which only training reads")
@@ -248,8 +251,8 @@ def _read_lokr(
         (b, r), columns = tensors["lokr_w2_a"].shape, tensors["lokr_w2_b"].shape[1]
         d = columns // math.prod(kernel)
     out, channels = a * b, c * d
-    factor = _factor((a, b), (c, d))
-    if factor is None:
+    split_by = _factor((a, b), (c, d))
+    if split_by is None:
         raise AdapterFileError(
             f"no factor splits {out} into {a} x {b} and {channels} into {c} x {d}, so LoKr cannot hold it"
         )
@@ -257,7 +260,8 @@ def _read_lokr(
     method = LoKr(
         r=r,
         alpha=float(r) if whole is not None and not split else alpha or float(r),
-        factor=factor,
+        factor=split_by[0],
+        first=split_by[1],
         decompose_both=split,
         scaling="lycoris",
         tucker=core is not None,
@@ -265,28 +269,37 @@ def _read_lokr(
     return method, shape, dict(tensors)
 
 
-def _factor(rows: tuple[int, int], columns: tuple[int, int]) -> int | None:
-    """A factor by which both sizes are split so; the default if it does."""
+def _factor(rows: tuple[int, int], columns: tuple[int, int]) -> tuple[int, str] | None:
+    """A factor by which both sizes are split so, and which number comes first; the defaults if they do."""
     sizes = math.prod(rows), math.prod(columns)
     if 0 in sizes:
         return None
-    for factor in dict.fromkeys((-1, *rows, *columns)):
-        if (factorize(sizes[0], factor), factorize(sizes[1], factor)) == (rows, columns):
-            return factor
+    for first in FIRSTS:
+        for factor in dict.fromkeys((-1, *rows, *columns)):
+            if tuple(factorize(size, factor, first) for size in sizes) == (rows, columns):
+                return factor, first
     return None
 
 
-def _magnitude(found: Found, shape: Shape) -> Tensor:
-    """``dora_scale`` along the outputs, as DoRA's authors, LyCORIS's later versions and this library have it."""
+def _magnitude(found: Found, shape: Shape) -> tuple[type[DoRA] | type[InputDoRA], Tensor]:
+    """``dora_scale`` and the method that it belongs to: along the outputs, or along the inputs as early LyCORIS had it.
+
+    Which of the two is told by where the other axis is left as 1; of a vector by its length.
+
+    Raises:
+        AdapterFileError: It fits neither, or both.
+    """
     size, ones = tuple(found.tensor.shape), (1,) * len(shape.kernel)
-    if size == (shape.out, 1, *ones):
-        return found.tensor.reshape(shape.out)
-    if size == (1, shape.channels, *ones):
+    outputs, inputs = (shape.out, 1, *ones), (1, shape.channels, *ones)
+    if len(size) == 1 and size == (shape.out,) == (shape.channels,):
         raise AdapterFileError(
-            f"{found.key} {size} runs along the inputs, as early LyCORIS wrote it (wd_on_output=False): another "
-            "function than DoRA, whose magnitudes belong to the outputs, and turned into it only with the base's "
-            "weights. Train it again with wd_on_output=True."
+            f"{found.key} {size} may run along the {shape.out} outputs or along as many inputs, which are two "
+            f"different functions. Save it as {outputs} (DoRA, wd_on_output=True) or as {inputs} (early LyCORIS)."
         )
+    if size in (outputs, (shape.out,)):  # first, so that a layer of one input and one output has today's form
+        return DoRA, found.tensor.reshape(shape.out)
+    if size in (inputs, (shape.channels,)):
+        return InputDoRA, found.tensor.reshape(shape.channels)
     raise AdapterFileError(
         f"{found.key} {size} fits neither the {shape.out} outputs nor the {shape.channels} inputs of its layer."
     )

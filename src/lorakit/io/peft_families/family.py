@@ -77,6 +77,10 @@ class Family(ABC):
             AdapterFileError: The tensors do not go together, or do not say enough.
         """
 
+    def for_shape(self, method: Method, shape: Shape) -> Method:
+        """A method with what PEFT does at a target of these sizes."""
+        return method
+
     def start_shared(self, methods: Mapping[str, Method], shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
         """The shared tensors when the file leaves them out.
 

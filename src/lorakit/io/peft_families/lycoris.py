@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lorakit.core.endings import smallest_pattern
 from lorakit.core.method import Method
 from lorakit.core.target import Shape
 from lorakit.errors import AdapterFileError
@@ -20,7 +22,7 @@ from lorakit.io.peft_families.family import (
     matrix,
     one_value,
 )
-from lorakit.io.peft_naming import number, smallest_pattern
+from lorakit.io.peft_naming import number
 from lorakit.methods import LoHa, LoKr
 
 _RANKED: dict[str, Any] = {
@@ -134,6 +136,12 @@ class LoKrFamily(_Lycoris):
             return Shape("conv", out=a * b, in_=c * d * math.prod(kernel), kernel=kernel)
         return matrix(a * b, c * d, known)
 
+    def for_shape(self, method: Method, shape: Shape) -> Method:
+        """PEFT takes a factor that divides a size for the size of ``W1``, also where it is the larger of the two."""
+        assert isinstance(method, LoKr)
+        theirs = dataclasses.replace(method, first="factor")
+        return method if theirs.shapes(shape) == method.shapes(shape) else theirs
+
     def settings(
         self, methods: Mapping[str, Method], shapes: Mapping[str, Shape], hints: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -150,6 +158,12 @@ class LoKrFamily(_Lycoris):
         reasons = _one_tucker(methods) + _one_or_two_dimensions(shapes)
         for what in ("factor", "decompose_both", "init"):
             reasons += one_value(what, {path: getattr(m, what) for path, m in methods.items()})
+        turned = [path for path, m in methods.items() if self.for_shape(m, shapes[path]) != m]
+        if turned:
+            reasons.append(
+                f"PEFT takes the larger number for W1 where the factor is larger than the other, as at {turned[0]!r}; "
+                "this adapter takes the smaller (first='smaller')"
+            )
         if any(m.scaling != "peft" for m in methods.values()):  # type: ignore[attr-defined]
             reasons.append("PEFT scales every target by alpha / r; this adapter has LyCORIS's scaling")
         return reasons

@@ -57,6 +57,7 @@ def read_family(
             except (KeyError, IndexError):
                 complaints.missing += [f"{path}.{name}" for name in _first_form(family) if name not in group]
                 continue
+            method = family.for_shape(method, shape)
             if shared:
                 method = family.completed(method, shared)
             sizes = method.shapes(shape)
