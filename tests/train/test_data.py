@@ -78,8 +78,8 @@ GOOD = {"prompt": "a", "completion": "b"}
         ([GOOD, "{not json"], r"line 2: not valid JSON .*one object a line"),
         ([GOOD, [1, 2]], "line 2: expected an object with named values, found list"),
         (
-            [{"text": "a"}],
-            r"line 1: the keys \['text'\] tell no known format.*prompt_completion \(prompt, completion\)",
+            [{"words": "a"}],
+            r"line 1: the keys \['words'\] tell no known format.*prompt_completion \(prompt, completion\)",
         ),
         (
             [GOOD, {"prompt": "a", "complection": "b"}],
@@ -101,7 +101,7 @@ GOOD = {"prompt": "a", "completion": "b"}
         ),
         (
             [{"messages": [{"role": "bot", "content": "a"}]}],
-            "line 1: the role 'bot' is none of system, user, assistant",
+            "line 1: the role 'bot' is none of system, developer, user, assistant, tool",
         ),
         ([{"messages": [{"role": "user"}]}], "line 1: each of the 'messages' must be an object"),
         (

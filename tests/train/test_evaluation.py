@@ -108,10 +108,10 @@ def test_what_cannot_be_scored(recipe: MakeRecipe, tmp_path: Path) -> None:
 
 def test_the_right_answers_score_full_marks(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     from lorakit.tasks import text_to_sql
-    from lorakit.train import evaluation
+    from lorakit.train.tasks import causal_lm
 
     gold = [f"Sure:\n```sql\n{e.sql};\n```" for e in text_to_sql.generate("test", 4)]
-    monkeypatch.setattr(evaluation, "generate", lambda *args, **kwargs: gold)
+    monkeypatch.setattr(causal_lm, "generate", lambda *args, **kwargs: gold)
     made = recipe(sections={"data": {"builtin": "text_to_sql", "test": 4}})
     model = load_model(made.model.name)
     result = evaluate(made, model=model, tokenizer=load_tokenizer(made.model.name))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lorakit.errors import ConfigError
-from lorakit.train.generation import generate, stop_ids
+from lorakit.models.conversation import stop_ids
+from lorakit.train.generation import generate
 from lorakit.train.recipe import GenerateSection
 from lorakit.train.render import Renderer
 from tests.tiny_chat import tiny_model, tiny_tokenizer

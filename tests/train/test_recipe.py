@@ -23,15 +23,19 @@ from lorakit.train.recipe import (
     Recipe,
     TrainSection,
 )
+from lorakit.train.task_data import ImageData, PairData, TaggedData
+from lorakit.train.task_sections import EmbeddingSection, PreferenceSection
 
 SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
     "": (Recipe,),
     "model": (ModelSection,),
     "adapter": (AdapterSection,),
-    "data": (BuiltinData, FileData, LabelledData),
+    "data": (BuiltinData, FileData, LabelledData, TaggedData, PairData, ImageData),
     "train": (TrainSection,),
     "generate": (GenerateSection,),
     "evaluate": (EvaluateSection,),
+    "embedding": (EmbeddingSection,),
+    "preference": (PreferenceSection,),
 }
 
 SMALLEST = """model: smollm2

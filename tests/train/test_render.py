@@ -129,3 +129,65 @@ def test_summary_says_what_was_done() -> None:
     assert "2 rows" in text
     assert "1 longer rows left out" in text
     assert f"longest {short + 29}" in text
+
+
+# ---- what is refused
+def test_an_answer_without_a_token_that_stops_is_refused() -> None:
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"ends in '!' and not in a token that stops.*eos_token"):
+        Renderer(tokenizer).row(ASKED)
+
+
+def test_a_doubled_beginning_is_refused_and_a_single_one_is_not() -> None:
+    tokenizer = tiny_tokenizer("<|endoftext|>" + TEMPLATE)
+    tokenizer.bos_token = "<|endoftext|>"
+    row = Renderer(tokenizer).row(ASKED)
+    assert row.ids[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = "<|endoftext|><|endoftext|>" + TEMPLATE
+    with pytest.raises(DataError, match=r"begins with '<\|endoftext\|>' twice"):
+        Renderer(tokenizer).row(ASKED)
+
+
+def test_the_place_of_a_bad_row_is_told() -> None:
+    from dataclasses import replace
+
+    bad = replace(ASKED, place="train.jsonl, line 7", learnt=())
+    with pytest.raises(DataError, match=r"^train\.jsonl, line 7: Nothing of 'e' would be learnt"):
+        Renderer(tiny_tokenizer()).row(bad)
+
+
+def test_turns_after_the_last_learnt_answer_are_not_read() -> None:
+    from dataclasses import replace
+
+    row = Renderer(tiny_tokenizer()).row(replace(TALK, learnt=(1,)))
+    assert str(tiny_tokenizer().decode(row.ids)).endswith("bc<|im_end|>")
+
+
+# ---- plain texts
+def test_a_plain_text_is_learnt_whole_but_for_its_first_token() -> None:
+    tokenizer = tiny_tokenizer()
+    row = Renderer(tokenizer).row(Example("t", (), "Once."))
+    assert tokenizer.decode(row.ids) == "Once.<|im_end|>"
+    assert row.labels == (IGNORED, *row.ids[1:])
+
+
+def test_a_long_text_is_divided_or_treated_as_other_rows() -> None:
+    text = Example("t", (), "abcdefghi", divide=True)  # ten tokens with the end
+    divided = render([text], tiny_tokenizer(), max_length=4)
+    assert [len(row.ids) for row in divided.rows] == [4, 4, 2]
+    assert (divided.divided, divided.dropped, divided.lost) == (1, 0, 0)
+    assert "1 longer texts divided" in str(divided)
+    whole = Example("t", (), "abcdefghi")
+    assert len(render([whole], tiny_tokenizer(), max_length=4, overlong="truncate").rows[0].ids) == 4
+    with pytest.raises(DataError, match="No row is left"):
+        render([whole], tiny_tokenizer(), max_length=4)
+
+
+def test_a_text_of_one_token_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="Nothing of 't' would be learnt"):
+        Renderer(tokenizer).row(Example("t", (), "a"))

@@ -19,6 +19,7 @@ from lorakit.train.run_files import (
     read_run,
     rows_hash,
     versions,
+    what_changed,
     write_json,
 )
 
@@ -111,3 +112,14 @@ def test_versions_and_machine_are_plain() -> None:
     assert found["torch"] == torch.__version__
     assert found["lorakit"] == lorakit.__version__
     assert json.loads(json.dumps(machine()))["threads"] == torch.get_num_threads()
+
+
+def test_what_changed_since_a_run_was_started() -> None:
+    run = {"versions": versions(), "machine": machine()}
+    assert what_changed(run) == []
+    assert what_changed({}) == []
+    run["machine"] = {**run["machine"], "kernels": "nowhere"}
+    run["versions"] = {**run["versions"], "torch": "1.7"}
+    first, second = what_changed(run)
+    assert first.startswith("torch was 1.7, is 2.")
+    assert second.startswith("kernels was nowhere, is ")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lorakit as lk
 from lorakit.errors import ConfigError, DataError, TrainingError
@@ -168,7 +169,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(recipe: MakeRecipe
 
     def without_time(folder: Path) -> list[dict[str, Any]]:
         lines = read_metrics(folder / "metrics.jsonl")
-        return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+        return [
+            {k: v for k, v in line.items() if "second" not in k and k != "peak_memory"} for line in lines
+        ]
 
     assert without_time(resumed.folder) == without_time(whole.folder)
     assert (resumed.tokens, resumed.learnt_tokens) == (whole.tokens, whole.learnt_tokens)
@@ -249,9 +252,55 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(recipe: MakeRecipe)
     with pytest.raises(TrainingError, match=r"loss became (nan|inf) in step \d+.*Lower train\.lr"):
         train(recipe(max_steps=30, lr=1e30, max_grad_norm=0, warmup=0))
     folder = recipe().output
-    assert json.loads((folder / "bad_batch.json").read_text(encoding="utf-8"))["input_ids"]
+    record = json.loads((folder / "bad_batch.json").read_text(encoding="utf-8"))
+    tensors_kept = load_file(folder / record["tensors"])
+    (rows,) = record["batches"]
+    assert [row["id"] for row in rows] == [f"train.jsonl:{row['row'] + 1}" for row in rows]
+    assert tensors_kept["input_ids"].numel() == sum(row["length"] for row in rows)
     assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["ended"]["how"] == "error"
     assert not (folder / "adapter").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_adapter(recipe: MakeRecipe) -> None:
+    from lorakit.models import load_model
+
+    made = recipe(accumulation=2, max_steps=4, save_every=1)
+    model = load_model(made.model.name)
+    passes = []
+
+    def spoil(module: torch.nn.Module, gradients: Any, outputs: Any) -> Any:
+        passes.append(1)
+        return None if len(passes) < 6 else tuple(g * float("nan") for g in gradients)
+
+    model.model.layers[1].register_full_backward_hook(spoil)
+    with pytest.raises(TrainingError, match=r"gradient became nan in step 3.*Lower train\.lr"):
+        train(made, model=model)
+    record = json.loads((made.output / "bad_batch.json").read_text(encoding="utf-8"))
+    assert (record["step"], len(record["batches"])) == (3, 2)
+    kept = load_file(made.output / record["tensors"])
+    assert {"0.input_ids", "1.input_ids"} <= kept.keys()
+    assert all(t.isfinite().all() for t in tensors(checkpoints(made.output)[-1]).values())
+
+
+def test_activation_checkpointing_leaves_nothing_behind(recipe: MakeRecipe) -> None:
+    """By itself transformers makes the inputs require a gradient, so that backward would go on below the lowest adapter."""
+    from lorakit.models import load_model
+
+    made = recipe(
+        max_steps=1, activation_checkpointing=True, sections={"adapter": {"r": 2, "targets": r".*layers\.1\..*proj"}}
+    )
+    model = load_model(made.model.name)
+    seen: list[bool] = []
+    model.model.layers[0].register_forward_hook(lambda module, inputs, out: seen.append(out.requires_grad))
+    train(made, model=model)
+    assert seen
+    assert not any(seen)  # neither while it is on
+    embedded = model.get_input_embeddings()(torch.tensor([[3, 4]]))
+    assert not embedded.requires_grad  # nor after
+    model.enable_input_require_grads()  # what the caller had asked for stays
+    sections = {"adapter": {"name": "b", "r": 2}}
+    train(recipe("again", max_steps=1, activation_checkpointing=True, sections=sections), model=model)
+    assert model.get_input_embeddings()(torch.tensor([[3, 4]])).requires_grad
 
 
 def test_nothing_is_written_when_the_data_is_bad(recipe: MakeRecipe, tmp_path: Path) -> None:

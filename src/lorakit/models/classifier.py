@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit.errors import ModelError, listing
-from lorakit.models.load import origin, read_model, resolved_name
+from lorakit.models.load import Task, origin, read_model, resolved_name
 from lorakit.models.resolve import ResolvedModel
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def load_classifier(
     name: str | Path | ResolvedModel,
     labels: Sequence[str] | None = None,
     *,
+    task: Task = "sequence-classification",
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     revision: str | None = None,
@@ -49,7 +50,9 @@ def load_classifier(
 
     Args:
         name: As for `load_model`.
-        labels: What to tell apart, in the order of the logits; None takes the head that the checkpoint has.
+        labels: What to tell apart, in the order of the logits; None takes the head that the checkpoint has. A single
+            one is a number to be found, by regression.
+        task: What is labelled: a text (``"sequence-classification"``), each of its tokens, or an image.
         dtype: As for `load_model`.
         device: As for `load_model`.
         revision: As for `load_model`.
@@ -63,9 +66,11 @@ def load_classifier(
     options: dict[str, Any] = {}
     if labels is not None:
         options = {**naming(labels), "num_labels": len(labels), "ignore_mismatched_sizes": True}
+        if len(labels) == 1:
+            options["problem_type"] = "regression"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, fresh = read_model(resolved, "sequence-classification", dtype, device, revision, options)
+        model, fresh = read_model(resolved, task, dtype, device, revision, options)
         head = head_of(model, fresh)
         new = any(_inside(key, head) for key in fresh)
         if labels is not None and not new and tuple(labels) != _own_labels(resolved, revision):
@@ -85,7 +90,7 @@ def head_of(model: PreTrainedModel, fresh: Collection[str] = ()) -> tuple[str, .
     """Paths of the modules outside the pretrained body, and of modules inside it whose values are new.
 
     Args:
-        model: Of a ``...ForSequenceClassification`` class.
+        model: Of a ``...ForSequenceClassification`` class, or of those for tokens or images.
         fresh: Names of parameters that the checkpoint did not hold, such as those of BERT's pooler.
 
     Raises:

@@ -12,7 +12,7 @@ The layout of GGUF is told by the `gguf` package; the order of rows in the q and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_ROW_NUMBERS = 2**20
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL: what a chat template writes, never cut by the tokenizer
 
 
@@ -47,43 +48,89 @@ def convert_gguf(path: Path, folder: Path) -> None:
     Raises:
         ModelError: The file is no GGUF file, or not of a kind that this converter knows.
     """
-    from gguf import GGUFReader
     from safetensors.torch import save_file
 
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        raise ModelError(f"{path.name} cannot be read as a GGUF file: {error}") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise ModelError(
-            f"{path.name} holds a model of the architecture {architecture!r}; only 'llama' can be converted here. "
-            "Convert it with its own tools and name the resulting folder."
-        )
-    tensors = _tensors(reader.tensors, fields, path.name)
-    config = _config(fields, tied="lm_head.weight" not in tensors)
-    tokenizer_files = _tokenizer_files(fields, path.name)
-    _write_json(folder / "config.json", config)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = GgufModel(path)
+    source.write_settings(folder)
+    save_file(dict(source), folder / "model.safetensors", metadata={"format": "pt"})
     # safetensors writes a file that only its owner can read; a shared cache needs the usual mode.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    special_ids: dict[str, Any] = {
-        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
-    }
-    _write_json(folder / "generation_config.json", special_ids)
-    for name, content in tokenizer_files.items():
-        _write_json(folder / name, content)
 
 
-def _tensors(entries: list[Any], fields: Mapping[str, Any], file: str) -> dict[str, torch.Tensor]:
-    """The weights under transformers' names, float32; every expected one and no other."""
-    import numpy as np
-    import torch
-    from gguf.quants import dequantize
+class GgufModel(Mapping[str, "torch.Tensor"]):
+    """The weights of a GGUF file under transformers' names, float32, dequantised when they are asked for.
 
-    heads = int(fields["llama.attention.head_count"])
-    kv_heads = int(fields.get("llama.attention.head_count_kv", heads))
+    Attributes:
+        path: The file.
+        config: What transformers' ``config.json`` says of it.
+
+    Raises:
+        ModelError: The file is no GGUF file, or not of a kind that this converter knows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self.path = path
+        try:
+            reader = GGUFReader(path)
+        except (ValueError, OSError, IndexError) as error:
+            raise ModelError(f"{path.name} cannot be read as a GGUF file: {error}") from error
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        architecture = fields.get("general.architecture")
+        if architecture != "llama":
+            raise ModelError(
+                f"{path.name} holds a model of the architecture {architecture!r}; only 'llama' can be converted here. "
+                "Convert it with its own tools and name the resulting folder."
+            )
+        self._heads = int(fields["llama.attention.head_count"])
+        self._kv_heads = int(fields.get("llama.attention.head_count_kv", self._heads))
+        self._entries = _entries(reader.tensors, fields, path.name)
+        self.config = _config(fields, tied="lm_head.weight" not in self._entries)
+        self._tokenizer_files = _tokenizer_files(fields, path.name)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+        from gguf.quants import dequantize
+
+        entry = self._entries[name]
+        out = torch.empty(self.shape(name), dtype=torch.float32)
+        rows = out.numpy().reshape(-1, out.shape[-1])
+        data = entry.data.reshape(len(rows), -1)
+        heads = {"attn_q.weight": self._heads, "attn_k.weight": self._kv_heads}.get(
+            ".".join(entry.name.split(".")[2:]), 0
+        )
+        # Some rows at a time, so that nothing of the whole size is made but the result; of q and k, whole heads.
+        each = len(rows) // heads if heads else max(1, _ROW_NUMBERS // out.shape[-1])
+        for start in range(0, len(rows), each):
+            found = dequantize(data[start : start + each], entry.tensor_type)
+            rows[start : start + each] = _head_in_transformers_order(found) if heads else found
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The size of a tensor, without dequantising it."""
+        return tuple(int(size) for size in reversed(self._entries[name].shape))
+
+    def write_settings(self, folder: Path) -> None:
+        """Write config, generation config and tokenizer into a folder, as transformers reads them."""
+        _write_json(folder / "config.json", self.config)
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write_json(
+            folder / "generation_config.json",
+            {key: self.config[key] for key in special if key in self.config},
+        )
+        for name, content in self._tokenizer_files.items():
+            _write_json(folder / name, content)
+
+
+def _entries(entries: list[Any], fields: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """What the file holds under transformers' names; every expected tensor and no other."""
     names = {**_OUTER}
     for layer in range(int(fields["llama.block_count"])):
         for theirs, ours in _BLOCK.items():
@@ -96,23 +143,13 @@ def _tensors(entries: list[Any], fields: Mapping[str, Any], file: str) -> dict[s
             f"{file} does not hold the tensors of a plain Llama model: "
             f"unknown {sorted(unknown)[:5]}, missing {sorted(missing)[:5]}"
         )
-    tensors = {}
-    for entry in entries:
-        array = dequantize(entry.data, entry.tensor_type).astype(np.float32, copy=False)
-        if entry.name.endswith("attn_q.weight"):
-            array = _rows_in_transformers_order(array, heads)
-        elif entry.name.endswith("attn_k.weight"):
-            array = _rows_in_transformers_order(array, kv_heads)
-        # A copy, since F32 tensors are read-only views of the file.
-        tensors[names[entry.name]] = torch.from_numpy(np.array(array, order="C"))
-    return tensors
+    return {names[entry.name]: entry for entry in entries}
 
 
-def _rows_in_transformers_order(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the interleaving of rotary halves: rows (head, pair, half) become (head, half, pair)."""
-    rows, columns = weight.shape
-    pairs = rows // heads // 2
-    return weight.reshape(heads, pairs, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+def _head_in_transformers_order(rows: np.ndarray) -> np.ndarray:
+    """Undo the interleaving of rotary halves in one head: rows (pair, half) become (half, pair)."""
+    pairs = rows.shape[0] // 2
+    return rows.reshape(pairs, 2, -1).swapaxes(0, 1).reshape(rows.shape)
 
 
 def _config(fields: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:

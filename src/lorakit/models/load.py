@@ -10,17 +10,28 @@ from safetensors import SafetensorError
 
 from lorakit.errors import ConfigError, MissingDependencyError, ModelError, listing, near_matches
 from lorakit.models.builtin import BUILTINS
+from lorakit.models.fastest_dtype import fastest_dtype
 from lorakit.models.resolve import ResolvedModel, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Task = Literal["causal-lm", "seq2seq", "sequence-classification", "feature-extraction"]
+Task = Literal[
+    "causal-lm",
+    "seq2seq",
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
+    "feature-extraction",
+]
+HEADED = ("sequence-classification", "token-classification", "image-classification")
 
 _AUTO_CLASS: dict[str, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +52,7 @@ def load_model(
         name: A folder, a built-in name, a hub id "org/name", or what `resolve` returned.
         task: What the model is for; picks the head.
         dtype: "float32", "bfloat16", "float16" or a torch dtype. "auto" is float32 on a CPU, where half precision is
-            mostly slower, and the checkpoint's own dtype on an accelerator.
+            mostly slower, and the checkpoint's own dtype on an accelerator. "fastest" is what `fastest_dtype` measures.
         device: Where to put the model; None is CUDA if there is a device, else the CPU.
         num_labels: Classes of the new classification head (1 is regression); only for
             "sequence-classification". None keeps the checkpoint's.
@@ -89,7 +100,7 @@ def read_model(
     """
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     transformers = _transformers()
-    options = {"dtype": _dtype(dtype, where), **origin(resolved, revision), **options}
+    options = {"dtype": compute_dtype(dtype, where), **origin(resolved, revision), **options}
     auto_class = getattr(transformers, _AUTO_CLASS[task])
     try:
         model, info = auto_class.from_pretrained(resolved.location, output_loading_info=True, **options)
@@ -106,6 +117,19 @@ def read_model(
         # Decoders classify at the last token that is no padding, so they must know the padding.
         model.config.pad_token_id = load_tokenizer(resolved, revision=revision).pad_token_id
     return model.to(where), fresh
+
+
+def has_encoder_and_decoder(resolved: ResolvedModel, revision: str | None = None) -> bool:
+    """Whether a model reads with an encoder and writes with a decoder, as T5 and BART do; its config says so.
+
+    Raises:
+        ModelError: There is no config that can be read.
+    """
+    try:
+        config = _transformers().AutoConfig.from_pretrained(resolved.location, **origin(resolved, revision))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_unreadable(resolved, "a config", error)) from error
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def load_tokenizer(
@@ -181,15 +205,22 @@ def origin(resolved: ResolvedModel, revision: str | None) -> dict[str, Any]:
     return {} if revision is None else {"revision": revision}
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
+def compute_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
+    """What a dtype by name means on a device; ``"auto"`` on an accelerator is the checkpoint's own.
+
+    Raises:
+        ConfigError: There is no such dtype, or it is no floating-point one.
+    """
     if isinstance(dtype, torch.dtype):
         if not dtype.is_floating_point:
             raise ConfigError(f"A model cannot be loaded as {dtype}: it must be a floating-point dtype.")
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
+    if dtype == "fastest":
+        return fastest_dtype(device)
     if dtype not in _DTYPES:
-        known = ["auto", *_DTYPES]
+        known = ["auto", "fastest", *_DTYPES]
         raise ConfigError(
             f"There is no dtype {dtype!r}.{near_matches(dtype, known)} Known: {listing(known)}."
         )
@@ -208,7 +239,7 @@ def _refuse_missing_weights(
     New by nature are the head of a classifier and the pooler before it (BERT's), which many checkpoints leave out.
     """
     base = f"{model.base_model_prefix}."
-    if task == "sequence-classification":
+    if task in HEADED:
         missing = {key for key in missing if key.startswith(base) and ".pooler." not in key}
     if not missing:
         return

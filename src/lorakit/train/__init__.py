@@ -19,6 +19,7 @@ from lorakit.train.progress import PlainProgress, Progress, RichProgress, Silent
 from lorakit.train.recipe import Recipe
 from lorakit.train.render import Rendered, RenderedSet, Renderer, render
 from lorakit.train.run_files import plot_loss, read_metrics
+from lorakit.train.text_vectors import embed
 from lorakit.train.trainer import TrainResult, train
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "StepReport",
     "TrainResult",
     "classify",
+    "embed",
     "evaluate",
     "generate",
     "load_examples",

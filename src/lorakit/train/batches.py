@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
+from lorakit.train.recipe import TrainSection
+from lorakit.train.row_set import Row
+
 _POOL = 50  # batches among which rows are sorted by length, where they are padded
 
 
@@ -80,6 +83,69 @@ def _cut(
         total, longest = total + length, max(longest, length)
     if batch:
         yield batch
+
+
+def plan_run(settings: TrainSection, rows: Sequence[Row], padded: bool) -> list[list[int]]:
+    """The batches of a run on some rows, as its recipe says; see `plan_batches`."""
+    per_batch = settings.batch_rows or (None if settings.batch_tokens else 16)
+    most = None if settings.max_steps is None else settings.max_steps * settings.accumulation
+    # Each pass has at least one batch, so this many passes are enough for the steps.
+    epochs = float(most) if most is not None else settings.epochs or 3.0
+    return plan_batches(
+        [row.length for row in rows],
+        rows=per_batch,
+        tokens=settings.batch_tokens,
+        epochs=epochs,
+        seed=settings.seed if settings.data_seed is None else settings.data_seed,
+        padded=padded,
+        most=most,
+    )
+
+
+def shared_out(
+    batches: Sequence[list[int]],
+    lengths: Sequence[int],
+    *,
+    accumulation: int,
+    processes: int,
+    whole: bool = False,
+) -> list[list[list[int]]]:
+    """The batches that several processes take at a time; each optimizer step has the rows that it has in one process.
+
+    As many batches of a step are taken at once as there are processes, one each. Where fewer are left, their rows are
+    dealt out.
+
+    Args:
+        batches: The plan for one process.
+        lengths: Tokens of each row.
+        accumulation: Batches of an optimizer step.
+        processes: How many share the work.
+        whole: Never deal out the rows of a batch, because its loss compares them with each other.
+
+    Returns:
+        For each round the rows of each process; a process for which none are left has an empty list.
+    """
+    rounds: list[list[list[int]]] = []
+    for step in range(0, len(batches), accumulation):
+        last = min(step + accumulation, len(batches))
+        for first in range(step, last, processes):
+            taken = batches[first : min(first + processes, last)]
+            if whole or len(taken) == processes:
+                rounds.append([*taken, *([] for _ in range(processes - len(taken)))])
+            else:
+                rounds.append(_dealt_out([row for batch in taken for row in batch], lengths, processes))
+    return rounds
+
+
+def _dealt_out(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """The longest row first, each to the process that has the fewest tokens so far."""
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    tokens = [0] * processes
+    for place in sorted(range(len(rows)), key=lambda i: -lengths[rows[i]]):
+        process = tokens.index(min(tokens))
+        shares[process].append(place)
+        tokens[process] += lengths[rows[place]]
+    return [[rows[place] for place in sorted(share)] for share in shares]
 
 
 class PlannedBatches(Sampler[list[int]]):

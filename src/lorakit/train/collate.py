@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from lorakit.core import Method
 from lorakit.errors import ConfigError
-from lorakit.train.labelled import LabelledRow
 from lorakit.train.packing import pack, packing_error
 from lorakit.train.render import IGNORED, Rendered
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class PackedCollator:
     """Rows end to end in one row; there is no padding."""
+
+    padded: ClassVar[bool] = False
 
     def __call__(self, rows: Sequence[Rendered]) -> dict[str, Tensor]:
         """``input_ids``, ``position_ids`` and ``labels`` ``(1, T)``, and the borders of the documents."""
@@ -34,13 +35,14 @@ class PaddedCollator:
     """Rows side by side, padded on the right to the longest; padding is masked and never labelled."""
 
     pad: int
+    padded: ClassVar[bool] = True
 
     def __call__(self, rows: Sequence[Rendered]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, longest)``."""
         return {
-            "input_ids": _side_by_side([row.ids for row in rows], self.pad),
-            "attention_mask": _side_by_side([[1] * len(row.ids) for row in rows], 0),
-            "labels": _side_by_side([row.labels for row in rows], IGNORED),
+            "input_ids": side_by_side([row.ids for row in rows], self.pad),
+            "attention_mask": side_by_side([[1] * len(row.ids) for row in rows], 0),
+            "labels": side_by_side([row.labels for row in rows], IGNORED),
         }
 
 
@@ -49,27 +51,35 @@ class LabelCollator:
     """Texts to classify side by side, padded on the right to the longest of their batch."""
 
     pad: int
+    padded: ClassVar[bool] = True
 
-    def __call__(self, rows: Sequence[LabelledRow]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, perhaps ``token_type_ids`` ``(rows, longest)``; ``labels`` ``(rows,)``."""
         batch = {
-            "input_ids": _side_by_side([row.ids for row in rows], self.pad),
-            "attention_mask": _side_by_side([[1] * len(row.ids) for row in rows], 0),
+            "input_ids": side_by_side([row.ids for row in rows], self.pad),
+            "attention_mask": side_by_side([[1] * len(row.ids) for row in rows], 0),
             "labels": torch.tensor([row.labels[0] for row in rows]),
         }
         if all(row.types is not None for row in rows):
-            batch["token_type_ids"] = _side_by_side([row.types or () for row in rows], 0)
+            batch["token_type_ids"] = side_by_side([row.types or () for row in rows], 0)
         return batch
 
 
-def _side_by_side(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+def side_by_side(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
     """Sequences as one ``(rows, longest)`` tensor, filled up on the right."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
 
 
-Collator = Callable[[Sequence[Any]], dict[str, Tensor]]
-"""Makes the tensors of a batch from its rows."""
+class Collator(Protocol):
+    """Makes the tensors of a batch from its rows."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows are filled up to the longest of their batch, so that rows of like length should meet."""
+
+    def __call__(self, rows: Sequence[Any], /) -> dict[str, Tensor]:
+        """The batch."""
 
 
 def choose_collator(

@@ -7,10 +7,15 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lorakit.errors import ConfigError
+from lorakit.train.data_source import DataSource
 from lorakit.train.sections import InputPath, Section
 
-Format = Literal["auto", "messages", "prompt_completion", "generate", "text2sql"]
-TableFormat = Literal["auto", "jsonl", "json", "csv", "tsv"]
+Format = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "seq2seq", "preference", "generate",
+    "text2sql",
+]  # fmt: skip
+TableFormat = Literal["auto", "jsonl", "json", "csv", "tsv", "txt", "parquet"]
+TextRows = Literal["line", "paragraph", "file"]
 
 
 class DataSection(Section):
@@ -28,13 +33,32 @@ class BuiltinData(DataSection):
 
 
 class FileData(DataSection):
-    """JSON lines files, plain or gzipped."""
+    """Files, folders of files, or data sets of the hub."""
 
-    train: InputPath | None = Field(default=None, description="File to train on.")
-    valid: InputPath | None = Field(default=None, description="File for the loss during training.")
-    test: InputPath | None = Field(default=None, description="File to score.")
+    train: DataSource | None = Field(
+        default=None, description="What to train on: a file, a folder of files, or `hub:OWNER/NAME:SPLIT`."
+    )
+    valid: DataSource | None = Field(default=None, description="Of the loss during training.")
+    test: DataSource | None = Field(default=None, description="To score.")
     format: Format = Field(
         default="auto", description="What the rows hold; `auto` tells by the keys of the first row."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Columns that have other names: from a key of the format to the file's, `{prompt: question}`.",
+    )
+    files: TableFormat = Field(
+        default="auto",
+        description="How the files are written: `jsonl`, `json`, `csv`, `tsv`, `txt` or `parquet`; `auto` tells by "
+        "their endings.",
+    )
+    texts: TextRows = Field(
+        default="paragraph", description="`txt` files: what a row is; paragraphs end at an empty line."
+    )
+    divide: bool = Field(
+        default=True,
+        description="`text`: divide a text that is longer than `train.max_length` into several rows; otherwise "
+        "`train.overlong` says what becomes of it.",
     )
     databases: InputPath | None = Field(
         default=None, description="`text2sql`: folder of `DB_ID.sqlite` files."
@@ -45,8 +69,10 @@ class FileData(DataSection):
     references: Literal["all", "first"] = Field(
         default="all", description="`generate`: train on each of a row's references, or on the first."
     )
-    learn: Literal["all", "last"] = Field(
-        default="all", description="`messages`: learn every answer of a conversation, or the last one only."
+    learn: Literal["all", "last", "each"] = Field(
+        default="all",
+        description="`messages`, `sharegpt`: learn every answer of a conversation, or the `last` one only; `each` "
+        "makes a row of every answer, for templates that rewrite earlier ones.",
     )
     system: str | None = Field(default=None, description="System message put before rows that have none.")
     max_rows: dict[Literal["train", "valid", "test"], int] = Field(
@@ -65,15 +91,16 @@ class FileData(DataSection):
 class LabelledData(DataSection):
     """Tables of texts and labels, plain or gzipped."""
 
-    train: InputPath | None = Field(
-        default=None, description="File to train on; its labels are those that are learnt."
+    train: DataSource | None = Field(
+        default=None,
+        description="What to train on: a file, a folder of files, or `hub:OWNER/NAME:SPLIT`. Its labels are learnt.",
     )
-    valid: InputPath | None = Field(default=None, description="File for loss and accuracy during training.")
-    test: InputPath | None = Field(default=None, description="File to score.")
+    valid: DataSource | None = Field(default=None, description="Of loss and accuracy during training.")
+    test: DataSource | None = Field(default=None, description="To score.")
     format: TableFormat = Field(
         default="auto",
-        description="`jsonl`, `json` (a list of objects), `csv` or `tsv` (with a line of names); `auto` tells by the "
-        "file's ending.",
+        description="`jsonl`, `json` (a list of objects), `csv` or `tsv` (with a line of names) or `parquet`; `auto` "
+        "tells by the file's ending.",
     )
     text: str = Field(default="text", description="Name of the column with the text.")
     second_text: str | None = Field(

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit.errors import DataError, listing, near_matches
-from lorakit.train.data import Split, file_of
+from lorakit.train.columns import column_text, column_value
+from lorakit.train.cutting import cut_texts
 from lorakit.train.data_sections import LabelledData
-from lorakit.train.row_set import RowSet
-from lorakit.train.tables import read_table
+from lorakit.train.row_set import RowSet, TokenRow
+from lorakit.train.sources import source_rows
+from lorakit.train.split import Split, source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +35,14 @@ class LabelledText:
     second: str | None
     label: str
 
+    @property
+    def shown(self) -> str:
+        """What is classified, for people."""
+        return self.text if self.second is None else f"{self.text}\n{self.second}"
+
 
 @dataclass(frozen=True)
-class LabelledRow:
+class LabelledRow(TokenRow):
     """One row as the model sees it.
 
     Attributes:
@@ -83,12 +90,12 @@ def load_texts(data: LabelledData, split: Split) -> list[LabelledText]:
     """
     return [
         LabelledText(
-            place,
-            _text(row, data.text, "text", place),
-            None if data.second_text is None else _text(row, data.second_text, "second_text", place),
-            _label(row, data.label, place),
+            str(place),
+            column_text(row, data.text, "text", place),
+            None if data.second_text is None else column_text(row, data.second_text, "second_text", place),
+            _label(row, data.label, str(place)),
         )
-        for place, row in read_table(file_of(data, split), data.format, data.max_rows.get(split))
+        for place, row in source_rows(source_of(data, split), data.format, data.max_rows.get(split))
     ]
 
 
@@ -128,67 +135,27 @@ def tokenize(
         DataError: A label is not among ``names``, a row is too long, or none is left.
     """
     number = {name: i for i, name in enumerate(names)}
-    most = min(max_length, tokenizer.model_max_length)
-    rows, cut, longest = [], [], 0
     for text in texts:
         if text.label not in number:
             raise DataError(
                 f"{text.place}: the label {text.label!r} is none of those of the training data."
                 f"{near_matches(text.label, names)} Those are: {listing(names, most=20)}."
             )
-        encoded = tokenizer(text.text, text.second, verbose=False)
-        length = len(encoded["input_ids"])
-        longest = max(longest, length)
-        if length > most:
-            cut.append(text.place)
-            if overlong == "drop":
-                continue
-            encoded = tokenizer(text.text, text.second, truncation=True, max_length=most)
-        types = encoded.get("token_type_ids")
-        rows.append(
-            LabelledRow(
-                text.place,
-                tuple(encoded["input_ids"]),
-                (number[text.label],),
-                None if types is None else tuple(types),
-            )
-        )
-    advice = (
-        f"The longest has {longest} tokens; at most {most} are read (train.max_length, and the model's own)."
-    )
-    if cut and overlong == "error":
-        raise DataError(f"{len(cut)} rows are too long: {listing(cut, most=4)}. {advice}")
-    if not rows:
-        raise DataError(f"No row is left: all {len(texts)} are too long. {advice}")
+    cut = cut_texts(texts, tokenizer, max_length=max_length, overlong=overlong)
     return LabelledSet(
-        rows=tuple(rows),
+        rows=tuple(
+            LabelledRow(text.place, encoded.ids, (number[text.label],), encoded.types)
+            for text, encoded in cut.kept
+        ),
         names=tuple(names),
-        longest=longest,
-        truncated=len(cut) if overlong == "truncate" else 0,
-        dropped=len(cut) if overlong == "drop" else 0,
+        longest=cut.longest,
+        truncated=cut.truncated,
+        dropped=cut.dropped,
     )
-
-
-def _value(row: Mapping[str, Any], column: str, key: str, place: str) -> Any:
-    if column not in row:
-        raise DataError(
-            f"{place}: {column!r} is missing.{near_matches(column, row)} The row has: {listing(row)}. "
-            f"data.{key} names the column."
-        )
-    return row[column]
-
-
-def _text(row: Mapping[str, Any], column: str, key: str, place: str) -> str:
-    value = _value(row, column, key, place)
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {column!r} must be text, not {type(value).__name__}.")
-    if not value.strip():
-        raise DataError(f"{place}: {column!r} is empty.")
-    return value
 
 
 def _label(row: Mapping[str, Any], column: str, place: str) -> str:
-    value = _value(row, column, "label", place)
+    value = column_value(row, column, "label", place)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise DataError(f"{place}: {column!r} must be a word or a whole number; found {value!r}.")
     label = str(value).strip()

@@ -13,17 +13,28 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.train.collate import Collator, PaddedCollator
+from lorakit.train.collate import Collator
 from lorakit.train.packing import packed
 from lorakit.train.recipe import TrainSection
 from lorakit.train.render import IGNORED, Rendered
+from lorakit.train.row_set import R
 from lorakit.train.scoring import run_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Batch = Mapping[str, Tensor]
+
+
+def tokens_read(batch: Batch) -> int:
+    """Tokens of a batch, without padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 @dataclass(frozen=True)
@@ -32,13 +43,21 @@ class Objective:
 
     Attributes:
         summed: The sum of the loss over a batch; called with the model or its wrapper, the model itself, the batch.
-        count: How much a batch teaches.
+            A scalar; where several adapters learn in one pass ``(adapters,)``.
+        count: How much a batch teaches, in the same shape.
         unit: What is counted.
+        each: The losses that ``summed`` adds up, and the row that each belongs to, both ``(n,)``; None where the rows
+            of a batch are no strangers to each other.
+        read: How much of a batch the model reads.
+        joint: Whether the loss of a row depends on the rows beside it, so that a batch cannot be dealt out.
     """
 
-    summed: Callable[[nn.Module, PreTrainedModel, Mapping[str, Tensor]], Tensor]
-    count: Callable[[Mapping[str, Tensor]], int]
+    summed: Callable[[nn.Module, PreTrainedModel, Batch], Tensor]
+    count: Callable[[Batch], int | Tensor]
     unit: str
+    each: Callable[[nn.Module, PreTrainedModel, Batch], tuple[Tensor, Tensor]] | None = None
+    read: Callable[[Batch], int] = tokens_read
+    joint: bool = False
 
 
 def next_token_labels(labels: Tensor) -> Tensor:
@@ -54,24 +73,45 @@ def summed_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Ten
         base: The model itself.
         batch: What a collator made. A packed batch has ``cu_seq_lens_q``.
     """
+    logits, targets, _ = learnt_logits(model, base, batch)
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def token_losses(
+    model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``-log p`` of each learnt token of a batch, and the number of its row, both ``(n,)``."""
+    logits, targets, rows = learnt_logits(model, base, batch)
+    return F.cross_entropy(logits, targets, reduction="none"), rows
+
+
+def learnt_logits(
+    model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``(n, vocabulary)`` of each learnt token in float32; the tokens and their rows' numbers, both ``(n,)``."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     targets = next_token_labels(batch["labels"])
     learnt = targets != IGNORED
+    rows = _row_numbers(batch)
     # With several rows a position is needed where any of them learns there: every model can select positions.
     needed = learnt.any(dim=0).nonzero().squeeze(1)
     keep = {"logits_to_keep": needed} if _selects_positions(type(base).forward) else {}
     with packed(base) if "cu_seq_lens_q" in batch else nullcontext():
         logits = model(**inputs, **keep, use_cache=False).logits
     if keep:
-        targets, learnt = targets[:, needed], learnt[:, needed]
+        targets, learnt, rows = targets[:, needed], learnt[:, needed], rows[:, needed]
     if not bool(learnt.all()):
-        logits, targets = logits[learnt], targets[learnt]
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(),
-        targets.reshape(-1),
-        reduction="sum",
-        ignore_index=IGNORED,
-    )
+        logits, targets, rows = logits[learnt], targets[learnt], rows[learnt]
+    return logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), rows.reshape(-1)
+
+
+def _row_numbers(batch: Mapping[str, Tensor]) -> Tensor:
+    """For each token ``(B, T)`` the number of its row, which in a packed batch is that of its document."""
+    ids = batch["input_ids"]
+    if "cu_seq_lens_q" in batch:
+        lengths = batch["cu_seq_lens_q"].diff().long()
+        return torch.arange(len(lengths), device=ids.device).repeat_interleave(lengths)[None]
+    return torch.arange(ids.shape[0], device=ids.device)[:, None].expand_as(ids)
 
 
 def count_learnt(batch: Mapping[str, Tensor]) -> int:
@@ -81,8 +121,16 @@ def count_learnt(batch: Mapping[str, Tensor]) -> int:
 
 def summed_label_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """The sum of ``-log p`` over the labels ``(rows,)`` of a batch; a scalar."""
+    return label_losses(model, base, batch)[0].sum()
+
+
+def label_losses(
+    model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``-log p`` of the label of each row of a batch, and the rows' numbers, both ``(rows,)``."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    return F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="sum")
+    losses = F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="none")
+    return losses, torch.arange(len(losses), device=losses.device)
 
 
 def count_labels(batch: Mapping[str, Tensor]) -> int:
@@ -90,8 +138,8 @@ def count_labels(batch: Mapping[str, Tensor]) -> int:
     return len(batch["labels"])
 
 
-NEXT_TOKEN = Objective(summed_loss, count_learnt, "token")
-LABEL = Objective(summed_label_loss, count_labels, "row")
+NEXT_TOKEN = Objective(summed_loss, count_learnt, "token", token_losses)
+LABEL = Objective(summed_label_loss, count_labels, "row", label_losses)
 
 
 def mean_loss(
@@ -110,14 +158,26 @@ def mean_loss(
         settings: For the size of the batches.
         told: Called with the rows done and their number.
     """
+    return mean_of(NEXT_TOKEN, model, rows, collator, settings, told)
+
+
+def mean_of(
+    objective: Objective,
+    model: PreTrainedModel,
+    rows: Sequence[R],
+    collator: Collator,
+    settings: TrainSection,
+    told: Callable[[int, int], None] | None = None,
+) -> float:
+    """The mean of an objective over all that some rows teach; see `mean_loss`."""
     total, learnt = 0.0, 0
 
     def add(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
         nonlocal total, learnt
-        total += summed_loss(model, model, batch).item()
-        learnt += count_learnt(batch)
+        total += objective.summed(model, model, batch).item()
+        learnt += int(objective.count(batch))
 
-    run_batches(model, rows, collator, settings, add, padded=isinstance(collator, PaddedCollator), told=told)
+    run_batches(model, rows, collator, settings, add, padded=collator.padded, told=told)
     return total / learnt
 
 

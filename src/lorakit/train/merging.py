@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,9 @@ from lorakit.errors import ConfigError, MergeError, listing
 from lorakit.io import read
 from lorakit.io.model_files import load
 from lorakit.models import ResolvedModel, load_classifier, load_model, load_tokenizer, resolve
+from lorakit.models.chat_template import adopt_common_template
+from lorakit.models.new_folder import check_new, new_folder
+from lorakit.models.streaming_merge import check_mergeable
 from lorakit.train.classifying import adapter_labels
 
 if TYPE_CHECKING:
@@ -81,16 +81,16 @@ def merge_to_folder(
         raise ConfigError("Name at least one adapter to merge.")
     if len(weights) != len(adapters):
         raise ConfigError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise ConfigError(
-            f"{out} exists and is not empty: name another folder, or overwrite it (--overwrite)."
-        )
-    _refuse_loftq(adapters)
+    check_new(out, list(map(Path, adapters)), overwrite=overwrite)
+    for adapter in adapters:
+        check_mergeable(str(adapter), read(adapter))
     resolved = resolve(model)
-    _check_apart(out, [Path.cwd(), *map(Path, adapters), *([resolved.path] if resolved.path else [])])
+    inputs = [*map(Path, adapters), *([resolved.path] if resolved.path else [])]
+    check_new(out, inputs, overwrite=overwrite)
     labels = _labels(adapters)
     loaded = _load(resolved, labels, dtype)
     tokenizer = load_tokenizer(resolved)
+    adopt_common_template(adapters, tokenizer)
     mix = {f"adapter{i}": weight for i, weight in enumerate(weights)}
     for name, adapter in zip(mix, adapters, strict=True):
         load(loaded, adapter, name=name)
@@ -103,9 +103,7 @@ def merge_to_folder(
         beside = _logits(loaded, probe)
     merge(loaded, mix, permanent=True)
     merged_difference = _difference(_logits(loaded, probe), beside)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out, inputs, overwrite=overwrite) as part:
         loaded.save_pretrained(part)
         tokenizer.save_pretrained(part)
         del loaded
@@ -114,26 +112,8 @@ def merge_to_folder(
         largest = float(beside.abs().max())
         _check(saved_difference, largest, again.dtype)
         del again
-        part.chmod(0o777 & ~_umask())
-        _replace(out, part)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return MergeResult(out, merged_difference, saved_difference, largest, _difference(base, beside), size)
-
-
-def _refuse_loftq(adapters: Sequence[str | Path]) -> None:
-    """An adapter that LoftQ started makes up for the errors of one quantised base, which is not the one named here.
-
-    Raises:
-        ConfigError: There is one.
-    """
-    for adapter in adapters:
-        if "loftq" in read(adapter).spec.info:
-            raise ConfigError(
-                f"{adapter} was started by LoftQ: it belongs to the quantised base that it was trained on, not to the "
-                "dense one that would be merged into. Score and use it by its recipe."
-            )
 
 
 def _labels(adapters: Sequence[str | Path]) -> tuple[str, ...] | None:
@@ -166,39 +146,6 @@ def _load(
     return load_classifier(resolved, labels, dtype=dtype, device=device).model
 
 
-def _check_apart(out: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output folder that holds, or lies in, what is still needed: replacing it would destroy that.
-
-    Raises:
-        ConfigError: Which one.
-    """
-    place = out.resolve()
-    for needed in inputs:
-        there = needed.resolve()
-        if (
-            there == place
-            or there.is_relative_to(place)
-            or (needed != Path.cwd() and place.is_relative_to(there))
-        ):
-            raise ConfigError(f"The merged model cannot go to {out}: {needed} is there. Name another folder.")
-
-
-def _replace(out: Path, new: Path) -> None:
-    """Put a finished folder in place of an older one, which is removed only when the new one is there."""
-    if not out.exists():
-        new.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    old = out.rename(aside / out.name)
-    try:
-        new.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
     with torch.no_grad():
         return model(input_ids=probe).logits.float()
@@ -217,9 +164,3 @@ def _check(difference: float, largest: float, dtype: torch.dtype) -> None:
             f"{largest:.1f}); nothing was kept. Please report this with the name of the model and the adapter's "
             "adapter_config.json."
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorakit.core import TrainingProcess
 from lorakit.errors import TrainingError
+from lorakit.train.learners import Learner, parameters_of
 
 _STATE = "lorakit_processes.pt"
 
@@ -86,3 +87,22 @@ class Processes(TrainerCallback):
         """Training has ended, perhaps early; what was saved for a resume was saved before."""
         for process in self.processes:
             process.finish()
+
+
+class ClipEach(TrainerCallback):
+    """Scales each adapter's gradients down by themselves, where transformers would take them all together."""
+
+    def __init__(self, learners: Sequence[Learner], most: float) -> None:
+        self.learners, self.most = tuple(learners), most
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Gradients are complete."""
+        for learner in self.learners:
+            parameters = list(parameters_of(given["model"], learner.name))
+            if state.global_step >= learner.steps:  # its data are used up: it must not move on its momentum
+                for parameter in parameters:
+                    parameter.grad = None
+            elif self.most > 0:
+                torch.nn.utils.clip_grad_norm_(parameters, self.most)

@@ -18,6 +18,7 @@ class StepReport:
         tokens_per_second: Tokens read (not only learnt ones), averaged since the start.
         seconds: Since the start.
         seconds_left: Expected.
+        memory: The most bytes in use at once so far, see `lorakit.train.memory_use`; 0 where nobody knows.
     """
 
     step: int
@@ -26,6 +27,7 @@ class StepReport:
     tokens_per_second: float
     seconds: float
     seconds_left: float
+    memory: int = 0
 
 
 class Progress(Protocol):
@@ -74,7 +76,7 @@ class PlainProgress:
         self._last = report.seconds
         self.say(
             f"step {report.step}/{report.steps}  loss {report.loss:.4f}  {report.tokens_per_second:,.0f} tokens/s  "
-            f"{clock(report.seconds)} gone, {clock(report.seconds_left)} left"
+            f"{clock(report.seconds)} gone, {clock(report.seconds_left)} left{memory_words(report.memory)}"
         )
 
     def answered(self, done: int, total: int, what: str) -> None:
@@ -112,7 +114,7 @@ class RichProgress:
     def step(self, report: StepReport) -> None:
         detail = (
             f"loss {report.loss:.3f}  {report.tokens_per_second:,.0f} tok/s  {clock(report.seconds)} gone, "
-            f"{clock(report.seconds_left)} left"
+            f"{clock(report.seconds_left)} left{memory_words(report.memory)}"
         )
         self._update("training", report.step, report.steps, detail)
 
@@ -132,6 +134,11 @@ def progress_for(stream: TextIO | None = None) -> Progress:
     """A bar if the stream is a terminal, else lines."""
     stream = stream or sys.stderr
     return RichProgress() if stream is sys.stderr and stream.isatty() else PlainProgress(stream)
+
+
+def memory_words(size: int) -> str:
+    """``"  1.4 GB"``, or nothing where the size is not known."""
+    return f"  {size / 1e9:.1f} GB" if size else ""
 
 
 def clock(seconds: float) -> str:

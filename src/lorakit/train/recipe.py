@@ -4,231 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
-from lorakit.core import Method
 from lorakit.errors import ConfigError
 from lorakit.train.data_sections import BuiltinData, DataSection, FileData, LabelledData
-from lorakit.train.method_settings import MethodSection, method_section
+from lorakit.train.recipe_rules import check_rules
+from lorakit.train.recipe_sections import (
+    BESIDE_GROUPS,
+    METRICS,
+    AdapterSection,
+    EvaluateSection,
+    GenerateSection,
+    LearnerSection,
+    Metric,
+    ModelSection,
+    Targets,
+    TaskName,
+    TrainSection,
+    choose_section,
+)
 from lorakit.train.sections import Section
+from lorakit.train.task_data import ImageData, PairData, TaggedData
+from lorakit.train.task_sections import EmbeddingSection, PreferenceSection
 
-Targets = str | list[str]
-TaskName = Literal["causal-lm", "classification"]
-Metric = Literal["execution_accuracy", "exact_match", "bleu", "nist", "loss", "accuracy", "macro_f1"]
-METRICS: dict[TaskName, tuple[Metric, ...]] = {
-    "causal-lm": ("execution_accuracy", "exact_match", "bleu", "nist", "loss"),
-    "classification": ("accuracy", "macro_f1", "loss"),
+__all__ = [
+    "AdapterSection",
+    "EvaluateSection",
+    "GenerateSection",
+    "LearnerSection",
+    "Metric",
+    "ModelSection",
+    "Recipe",
+    "Targets",
+    "TaskName",
+    "TrainSection",
+]
+
+_PACKED: tuple[TaskName, ...] = ("causal-lm", "dpo")
+_DATA: dict[str, type[DataSection]] = {
+    "classification": LabelledData,
+    "regression": LabelledData,
+    "token-classification": TaggedData,
+    "embedding": PairData,
+    "image-classification": ImageData,
 }
-
-_BESIDE_GROUPS = ("name", "exclude", "start_batches", "loftq_iterations")
-
-
-def _choose(value: Any, base: type[MethodSection], context: Mapping[str, Any] | None = None) -> Any:
-    """Validate a mapping by the section of the method that it names."""
-    if not isinstance(value, Mapping):
-        return value
-    name, inner = value.get("method", "lora"), value.get("inner")
-    if not isinstance(name, str):
-        raise ConfigError(f"method is the name of a method; got {name!r}.")
-    section = method_section(name, base, inner if isinstance(inner, str) else None)
-    return section.model_validate(value, context=context)
-
-
-def _choose_group(value: Any, info: ValidationInfo) -> Any:
-    return _choose(value, MethodSection, info.context)
-
-
-class ModelSection(Section):
-    """The base model. A plain string in the recipe is its name."""
-
-    name: str = Field(description="A folder, a built-in name (`smollm2`), or a hub id (`org/name`).")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="Of the base weights; `auto` is float32 on a CPU, the checkpoint's own on an accelerator.",
-    )
-    device: str | None = Field(
-        default=None, description="`cpu`, `cuda`, ...; by default CUDA if there is one."
-    )
-    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    quantize: Literal["nf4", "int8"] | None = Field(
-        default=None,
-        description="Keep the weights of the linear layers in four bits (`nf4`, QLoRA) or eight (`int8`); heads stay "
-        "dense.",
-    )
-
-
-class AdapterSection(MethodSection):
-    """What is trained. The settings of the method stand beside these keys."""
-
-    name: str = Field(default="default", description="The adapter's name on the model.")
-    targets: Targets | None = Field(
-        default=None,
-        description="What to adapt: a preset (`all-linear`), a regular expression for whole paths, or a list of "
-        "names. By default what the method says.",
-    )
-    exclude: Targets | None = Field(
-        default=None, description="What to leave out of `targets`, in the same form."
-    )
-    start_batches: int = Field(
-        default=8,
-        ge=1,
-        description="First batches of the training data, on which the starts `eva` and `lora_ga` are computed.",
-    )
-    loftq_iterations: int = Field(
-        default=0,
-        ge=0,
-        description="LoftQ: with `model.quantize`, start where base and adapter together are nearest to the old "
-        "weights, found in so many turns (5 is usual); only the adapted layers are quantised. 0 for none.",
-    )
-    groups: dict[str, Annotated[SerializeAsAny[MethodSection], BeforeValidator(_choose_group)]] | None = (
-        Field(
-            default=None,
-            description="Several methods in one adapter: a mapping from a target (as in `targets`) to a method "
-            "with its settings. Stands in place of `method`, its settings and `targets`.",
-        )
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> AdapterSection:
-        if self.groups is not None:
-            beside = self.model_fields_set - {*_BESIDE_GROUPS, "groups"}
-            if beside:
-                raise ConfigError(
-                    f"groups names the methods and targets itself: move {', '.join(sorted(beside))} into a group."
-                )
-            if not self.groups:
-                raise ConfigError("groups is empty: name at least one target with its method.")
-        self.adapter()
-        return self
-
-    def adapter(self) -> Method | dict[str, Method]:
-        """What `lorakit.attach` takes: a method, or a mapping from targets to methods."""
-        if self.groups is None:
-            return self.build()
-        return {key: group.build() for key, group in self.groups.items()}
-
-
-class TrainSection(Section):
-    """The optimizer, the batches, and how long."""
-
-    epochs: float | None = Field(
-        default=None, gt=0, description="Passes over the data; 3 if neither this nor `max_steps` is given."
-    )
-    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps, in place of `epochs`.")
-    max_seconds: float | None = Field(
-        default=None, gt=0, description="Stop cleanly after this time, whatever is left."
-    )
-    batch_rows: int | None = Field(
-        default=None, ge=1, description="Rows in a batch; 16 if neither this nor `batch_tokens` is given."
-    )
-    batch_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens in a batch, as many rows as fit; with `batch_rows` both hold."
-    )
-    accumulation: int = Field(
-        default=1, ge=1, description="Batches in an optimizer step; the gradient is that of one large batch."
-    )
-    batching: Literal["auto", "packed", "padded"] = Field(
-        default="auto",
-        description="`packed`: rows end to end, each attending to itself, no padding. `padded`: rows of like "
-        "length side by side. `auto` packs where a probe of the model shows that it is exact.",
-    )
-    lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="How the learning rate falls after the warm-up."
-    )
-    warmup: float = Field(
-        default=0.03,
-        ge=0,
-        description="Share of the steps (below 1), or number of steps (from 1), with a rising rate.",
-    )
-    lora_plus_ratio: float = Field(
-        default=1.0,
-        gt=0,
-        description="LoRA+: the learning rate of `B` divided by that of `A`; 16 is a first try. 1 is plain AdamW.",
-    )
-    fast: list[str] = Field(
-        default_factory=lambda: ["B"],
-        description="LoRA+: roles of the parameters that learn faster by that ratio (`A`, `B`, `magnitude`, `bias`, "
-        "`copy`); `official` is `B` and every vector, as in the authors' code.",
-    )
-    embedding_lr: float | None = Field(
-        default=None, gt=0, description="Learning rate of adapted embeddings; by default that of the rest."
-    )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's, on matrices only.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's.")
-    max_grad_norm: float = Field(
-        default=1.0, ge=0, description="Gradients are scaled down to this norm; 0 for never."
-    )
-    max_length: int = Field(default=1024, ge=2, description="Most tokens of a row.")
-    overlong: Literal["drop", "truncate", "error"] = Field(
-        default="drop", description="What to do with a longer row; how many there were is always said."
-    )
-    seed: int = Field(default=0, description="For the three seeds below.")
-    init_seed: int | None = Field(default=None, description="Of the adapter's first values.")
-    data_seed: int | None = Field(default=None, description="Of the order of the rows.")
-    dropout_seed: int | None = Field(default=None, description="Of dropout.")
-    log_every: int = Field(default=10, ge=1, description="Steps between lines of `metrics.jsonl`.")
-    eval_every: int | None = Field(
-        default=None, ge=1, description="Steps between losses on the valid split; by default at the end."
-    )
-    save_every: int | None = Field(
-        default=None, ge=1, description="Steps between checkpoints; by default none but on Ctrl-C."
-    )
-    keep_checkpoints: int = Field(default=2, ge=1, description="Older checkpoints are removed.")
-    activation_checkpointing: bool = Field(
-        default=False, description="Less memory for about half as much time again."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainSection:
-        if self.epochs is not None and self.max_steps is not None:
-            raise ConfigError("epochs and max_steps say the same thing: give one of them.")
-        if self.fast != ["B"] and self.lora_plus_ratio == 1:
-            raise ConfigError(
-                "fast says what learns faster, but by no ratio: set lora_plus_ratio, such as 16."
-            )
-        return self
-
-
-class GenerateSection(Section):
-    """How answers are written when scoring."""
-
-    max_new_tokens: int = Field(default=128, ge=1, description="Longest answer.")
-    temperature: float = Field(
-        default=0.0, ge=0, description="0 takes the likeliest token each time; above, tokens are drawn."
-    )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Draw from the likeliest tokens that hold this share."
-    )
-    top_k: int = Field(default=0, ge=0, description="Draw from so many likeliest tokens; 0 for all.")
-    batch_rows: int = Field(default=16, ge=1, description="Prompts answered at a time.")
-    seed: int = Field(default=0, description="Of the drawing.")
-
-
-class EvaluateSection(Section):
-    """What is measured."""
-
-    metrics: list[Metric] | None = Field(
-        default=None,
-        description="Of `execution_accuracy`, `exact_match`, `bleu`, `nist`, `loss`; to classify, of `accuracy`, "
-        "`macro_f1`, `loss`. By default what fits the data.",
-    )
-    limit: int | None = Field(default=None, ge=1, description="Score only the first examples of the split.")
 
 
 def _choose_adapter(value: Any, info: ValidationInfo) -> Any:
-    return _choose(value, AdapterSection, info.context)
+    return choose_section(value, AdapterSection, info.context)
 
 
 def _choose_data(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, Mapping):
         return value
-    kind: type[DataSection] = BuiltinData if "builtin" in value else FileData
-    if info.data.get("task") == "classification":
-        kind = LabelledData
+    kind = _DATA.get(info.data.get("task", ""), BuiltinData if "builtin" in value else FileData)
     return kind.model_validate(value, context=info.context)
+
+
+def _choose_adapters(value: Any, info: ValidationInfo) -> Any:
+    """Each of several adapters with its own data."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return value
+    made = []
+    for entry in value:
+        if isinstance(entry, Mapping) and "data" in entry:
+            entry = {**entry, "data": _choose_data(entry["data"], info)}
+        made.append(choose_section(entry, LearnerSection, info.context))
+    return made
 
 
 def _named_model(value: Any, info: ValidationInfo) -> Any:
@@ -248,15 +92,32 @@ class Recipe(Section):
 
     task: TaskName = Field(
         default="causal-lm",
-        description="`causal-lm`: to write. `classification`: to tell labels apart, with a trained head.",
+        description="`causal-lm`: to write. `seq2seq`: to write with an encoder and a decoder. `classification`: to "
+        "tell labels apart, with a trained head. `regression`: to give a number. `token-classification`: a label for "
+        "each word. `embedding`: vectors of texts. `dpo`: to prefer one answer to another. `image-classification`: to "
+        "tell pictures apart.",
     )
     model: Annotated[ModelSection, BeforeValidator(_named_model)] = Field(description="The base model.")
     adapter: Annotated[SerializeAsAny[AdapterSection], BeforeValidator(_choose_adapter)] = Field(
-        default_factory=lambda: _choose({}, AdapterSection), description="What is trained."
+        default_factory=lambda: choose_section({}, AdapterSection), description="What is trained."
     )
     data: Annotated[SerializeAsAny[DataSection], BeforeValidator(_choose_data)] = Field(
         description="The examples."
     )
+    adapters: (
+        Annotated[
+            list[SerializeAsAny[LearnerSection]], BeforeValidator(_choose_adapters), Field(min_length=1)
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="Several adapters that learn in one pass over one base, in place of `adapter` and `data`: each "
+        "with its `name`, method and settings, targets, its own `data` and perhaps its `lr`.",
+    )
+    embedding: EmbeddingSection | None = Field(
+        default=None, description="`task: embedding`: pooling and loss."
+    )
+    preference: PreferenceSection | None = Field(default=None, description="`task: dpo`: beta and smoothing.")
     train: TrainSection = Field(default_factory=TrainSection, description="How it is trained.")
     generate: GenerateSection = Field(default_factory=GenerateSection, description="How answers are written.")
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="What is measured.")
@@ -264,6 +125,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
+        check_rules(self)
         if self.adapter.loftq_iterations and self.model.quantize is None:
             raise ConfigError(
                 "adapter.loftq_iterations makes up for quantising: set model.quantize to nf4 or int8."
@@ -273,9 +135,67 @@ class Recipe(Section):
             raise ConfigError(
                 f"{strange[0]} is no metric for task: {self.task}; there are {', '.join(METRICS[self.task])}."
             )
-        if self.task == "classification" and self.train.batching == "packed":
-            raise ConfigError("train.batching: packed is for causal-lm; texts to classify are padded.")
+        if self.task not in _PACKED and self.train.batching == "packed":
+            raise ConfigError(
+                f"train.batching: packed is for {' and '.join(_PACKED)}; with task: {self.task} rows are padded."
+            )
+        self._check_sections()
+        if self.adapters is not None:
+            self._check_adapters(self.adapters)
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_data(cls, value: Any) -> Any:
+        """With several adapters the first one's data stand for all that one run has only once."""
+        if isinstance(value, Mapping) and isinstance(value.get("adapters"), Sequence) and value["adapters"]:
+            if "data" in value and value["data"] != _data_in(value["adapters"][0]):
+                raise ConfigError("with adapters each one has its own data: move data into them.")
+            if _data_in(value["adapters"][0]) is not None:
+                return {**value, "data": _data_in(value["adapters"][0])}
+        return value
+
+    def _check_sections(self) -> None:
+        own: dict[str, tuple[TaskName, type[Section]]] = {
+            "embedding": ("embedding", EmbeddingSection),
+            "preference": ("dpo", PreferenceSection),
+        }
+        for key, (task, section) in own.items():
+            if self.task == task and getattr(self, key) is None:
+                setattr(self, key, section())
+            elif self.task != task and getattr(self, key) is not None:
+                raise ConfigError(f"{key} is for task: {task}; the task here is {self.task}.")
+
+    def _check_adapters(self, adapters: Sequence[LearnerSection]) -> None:
+        names = [adapter.name for adapter in adapters]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ConfigError(f"two of the adapters are called {twice[0]!r}: give each a name of its own.")
+        if "adapter" in self.model_fields_set:
+            raise ConfigError("adapter and adapters say the same thing: give one of them.")
+        if self.task not in ("causal-lm", "seq2seq"):
+            raise ConfigError(
+                f"adapters is for task: causal-lm and seq2seq; with task: {self.task} train them one by one."
+            )
+        if any(adapter.loftq_iterations for adapter in adapters):
+            raise ConfigError("LoftQ changes the base for one adapter, so it cannot serve several.")
+
+    def parts(self) -> list[Recipe]:
+        """A recipe for each adapter alone, with its own data, rate and output folder; with one adapter this one."""
+        if self.adapters is None:
+            return [self]
+        return [
+            self.model_copy(
+                update={
+                    "adapter": adapter,
+                    "adapters": None,
+                    "data": adapter.data,
+                    "train": self.train.model_copy(update={"lr": adapter.lr or self.train.lr}),
+                    "output": self.output / adapter.name,
+                }
+            )
+            for adapter in self.adapters
+        ]
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -311,5 +231,15 @@ class Recipe(Section):
         """The recipe as JSON can hold it, every default written out."""
         plain = self.model_dump(mode="json")
         if self.adapter.groups is not None:  # which stand in place of one method
-            plain["adapter"] = {key: plain["adapter"][key] for key in (*_BESIDE_GROUPS, "groups")}
+            plain["adapter"] = {key: plain["adapter"][key] for key in (*BESIDE_GROUPS, "groups")}
+        if self.adapters is not None:  # which stand in place of one adapter
+            del plain["adapter"], plain["data"]
+            for i, adapter in enumerate(self.adapters):
+                if adapter.groups is not None:
+                    keys = (*BESIDE_GROUPS, "groups", "data", "lr")
+                    plain["adapters"][i] = {key: plain["adapters"][i][key] for key in keys}
         return plain
+
+
+def _data_in(adapter: Any) -> Any:
+    return adapter.get("data") if isinstance(adapter, Mapping) else getattr(adapter, "data", None)

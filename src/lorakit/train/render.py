@@ -9,12 +9,14 @@ token stays labelled where it stops.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.errors import DataError, listing
-from lorakit.train.examples import Example, Message
-from lorakit.train.row_set import RowSet
+from lorakit.models.conversation import ConversationRenderer
+from lorakit.train.examples import Example
+from lorakit.train.row_set import RowSet, TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,18 +26,20 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Rendered:
+class Rendered(TokenRow):
     """One row as the model sees it.
 
     Attributes:
         id: The example's.
         ids: Token ids.
         labels: For each token its id where it is learnt, else -100; the first is never learnt.
+        example: What it was rendered from, for people who look at the row.
     """
 
     id: str
     ids: tuple[int, ...]
     labels: tuple[int, ...]
+    example: Example | None = field(default=None, compare=False, repr=False)
 
     @property
     def learnt(self) -> int:
@@ -45,7 +49,15 @@ class Rendered:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedSet(RowSet[Rendered]):
-    """All rows of a split, and what was done about long ones."""
+    """All rows of a split, and what was done about long ones.
+
+    Attributes:
+        lost: Tokens that are not read because their rows were cut or left out.
+        divided: Texts that were divided into several rows.
+    """
+
+    lost: int = 0
+    divided: int = 0
 
     @property
     def learnt(self) -> int:
@@ -55,76 +67,57 @@ class RenderedSet(RowSet[Rendered]):
     @property
     def taught(self) -> str:
         """The share of the tokens that is learnt."""
-        return f"{100 * self.learnt / self.tokens:.0f} % learnt"
+        share = f"{100 * self.learnt / self.tokens:.0f} % learnt"
+        return f"{share}; {self.divided} longer texts divided" if self.divided else share
 
 
-class Renderer:
-    """Renders conversations with a tokenizer's chat template, or plainly where it has none."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.chat = bool(getattr(tokenizer, "chat_template", None))
-        special = {str(token) for token in tokenizer.all_special_tokens}
-        special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self._special = sorted(special, key=len, reverse=True)
-
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, ready for the model to answer."""
-        return self._ids(self._prompt_text(messages))
+class Renderer(ConversationRenderer):
+    """Renders conversations with their answers, labelled by what is learnt."""
 
     def row(self, example: Example) -> Rendered:
-        """Token ids and labels of a conversation with its answer.
+        """Token ids and labels of a conversation with its answer, or of a plain text.
 
         Raises:
-            DataError: The template does not render a prompt as the beginning of the whole, or nothing is learnt.
+            DataError: The template does not render a prompt as the beginning of the whole, nothing is learnt, an
+                answer ends without a token that stops, or the token that begins texts stands there twice.
         """
-        turns = [*example.messages, {"role": "assistant", "content": example.answer}]
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        ids = self._ids(self._answered(turns, example))
-        labels = [IGNORED] * len(ids)
-        for i in answers if example.learn_all else answers[-1:]:
-            start = self._check_prefix(self._prompt_text(turns[:i]), ids, example)
-            end = self._check_prefix(self._answered(turns[: i + 1], example), ids, example)
-            labels[start:end] = ids[start:end]
-        labels[0] = IGNORED
-        row = Rendered(example.id, tuple(ids), tuple(labels))
-        if not row.learnt:
-            raise DataError(f"Nothing of {example.id!r} would be learnt: its answer has no tokens.")
+        try:
+            row = self._conversation(example) if example.messages else self._text_row(example)
+            self._check_beginning(row.ids)
+            if not row.learnt:
+                raise DataError(
+                    f"Nothing of {example.id!r} would be learnt: it has no answer, or its answer has no tokens."
+                )
+        except DataError as error:
+            if not example.place:
+                raise
+            raise DataError(f"{example.place}: {error}") from error
         return row
 
-    def _prompt_text(self, messages: Sequence[Message]) -> str:
-        if self.chat:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-            return str(text)
-        return "".join(f"{turn['content']}\n" for turn in messages)
+    def _text_row(self, example: Example) -> Rendered:
+        ids = self.plain_ids(example.answer)
+        return Rendered(example.id, tuple(ids), (IGNORED, *ids[1:]), example)
 
-    def _answered(self, turns: Sequence[Message], example: Example) -> str:
-        """The text through the token that ends the last turn, which is the assistant's."""
-        prompt, answer = self._prompt_text(turns[:-1]), turns[-1]["content"]
-        stop = str(self.tokenizer.eos_token or "")
-        if not self.chat:
-            return prompt + answer + stop
-        whole = str(self.tokenizer.apply_chat_template(list(turns), tokenize=False))
-        if not whole.startswith(prompt + answer):
-            raise DataError(
-                f"The chat template renders {example.id!r} with its answer in a way that does not begin "
-                "with the prompt as "
-                "rendered for generation, so training would not fit generation. Give the tokenizer a "
-                "template that only "
-                f"appends. The prompt ends in {prompt[-40:]!r}; the whole goes on "
-                f"{whole[len(prompt) - 40 : len(prompt) + 40]!r}."
-            )
-        rest = whole[len(prompt + answer) :]
-        for token in self._special:
-            if rest.startswith(token):
-                return prompt + answer + token
-        return prompt + answer + stop
+    def _conversation(self, example: Example) -> Rendered:
+        learnt = example.learnt_turns
+        if not learnt:
+            return Rendered(example.id, (), (), example)
+        turns, tools = example.turns[: max(learnt) + 1], example.tools
+        ids = self.ids(self.answered_text(turns, example.id, tools))
+        labels = [IGNORED] * len(ids)
+        for i in learnt:
+            start = self._check_prefix(self.prompt_text(turns[:i], tools), ids, example)
+            end = len(ids)
+            if i < len(turns) - 1:
+                end = self._check_prefix(self.answered_text(turns[: i + 1], example.id, tools), ids, example)
+            self._check_stop(ids[start:end], example)
+            labels[start:end] = ids[start:end]
+        labels[0] = IGNORED
+        return Rendered(example.id, tuple(ids), tuple(labels), example)
 
     def _check_prefix(self, text: str, ids: Sequence[int], example: Example) -> int:
         """The number of tokens of a text that must be the beginning of the whole."""
-        part = self._ids(text)
+        part = self.ids(text)
         if part != list(ids[: len(part)]):
             at = next(i for i, (a, b) in enumerate(zip([*part, -1], [*ids, -2], strict=False)) if a != b)
             raise DataError(
@@ -132,24 +125,33 @@ class Renderer:
                 f"{self.tokenizer.decode(part[at : at + 1])!r} alone, but "
                 f"{self.tokenizer.decode(list(ids[at : at + 1]))!r} in the whole. "
                 "The model would be trained on another prompt than it is asked with. Let the answer begin "
-                "with a visible "
-                "character, or change the template so that a special token stands between."
+                "with a visible character, or change the template so that a special token stands between. If the "
+                "template rewrites earlier answers, set data.learn to last, or to each."
             )
         return len(part)
 
-    def _ids(self, text: str) -> list[int]:
-        # A template writes its special tokens itself; adding them again would double the first one.
-        ids = list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
-        eos = self.tokenizer.eos_token_id
-        if not self.chat and ids and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
-            del ids[-1]  # some tokenizers end every text
-        return ids
+    def _check_stop(self, answer: Sequence[int], example: Example) -> None:
+        """The last token that is learnt must be one that ends answers, or the model learns to go on for ever."""
+        if answer and answer[-1] not in self._special_ids:
+            raise DataError(
+                f"The answer of {example.id!r} ends in {self.tokenizer.decode([answer[-1]])!r} and not in a token "
+                "that stops, so the model would not learn to stop: the chat template writes none, and the tokenizer "
+                "has no end token (eos_token). Set one in tokenizer_config.json, or change the template."
+            )
 
+    def _check_beginning(self, ids: Sequence[int]) -> None:
+        """The token that begins texts must not stand there twice: no model was pretrained on that."""
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and list(ids[:2]) == [bos, bos]:
+            raise DataError(
+                f"The row begins with {self.tokenizer.bos_token!r} twice: once from the chat template or the "
+                "tokenizer, and once more from the template or the text. Remove one of them."
+            )
 
-def stop_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer in training."""
-    asked = Example("the chat template", ({"role": "user", "content": "a"},), "b")
-    return Renderer(tokenizer).row(asked).ids[-1]
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset({*self.tokenizer.all_special_ids, *added})
 
 
 def render(
@@ -165,24 +167,33 @@ def render(
         examples: At least one.
         tokenizer: The model's.
         max_length: Most tokens of a row.
-        overlong: What to do with a longer one: leave it out, cut its end off, or stop.
+        overlong: What to do with a longer one: leave it out, cut its end off, or stop. Texts that may be divided
+            become several rows.
 
     Raises:
         DataError: A row cannot be rendered, or nothing is left to learn.
     """
     renderer = Renderer(tokenizer)
-    rows, longest, cut, empty = [], 0, [], []
+    rows: list[Rendered] = []
+    longest = lost = divided = 0
+    cut: list[str] = []
+    empty: list[str] = []
     for example in examples:
         row = renderer.row(example)
-        longest = max(longest, len(row.ids))
-        if len(row.ids) > max_length:
-            cut.append(row.id)
-            if overlong == "drop":
-                continue
-            row = Rendered(row.id, row.ids[:max_length], row.labels[:max_length])
-            if not row.learnt:
-                empty.append(row.id)
-        rows.append(row)
+        length = len(row.ids)
+        longest = max(longest, length)
+        if length <= max_length:
+            rows.append(row)
+        elif example.divide:
+            divided += 1
+            rows += _divided(row, max_length)
+        else:
+            cut.append(example.place or row.id)
+            lost += length - (max_length if overlong == "truncate" else 0)
+            if overlong == "truncate":
+                rows.append(replace(row, ids=row.ids[:max_length], labels=row.labels[:max_length]))
+                if not rows[-1].learnt:
+                    empty.append(cut[-1])
     advice = f"The longest row has {longest} tokens; train.max_length is {max_length}."
     if cut and overlong == "error":
         raise DataError(f"{len(cut)} rows are longer than train.max_length: {listing(cut, most=4)}. {advice}")
@@ -199,4 +210,15 @@ def render(
         longest=longest,
         truncated=len(cut) if overlong == "truncate" else 0,
         dropped=len(cut) if overlong == "drop" else 0,
+        lost=lost,
+        divided=divided,
     )
+
+
+def _divided(row: Rendered, length: int) -> list[Rendered]:
+    """A long text in pieces; a piece of one token, of which nothing could be learnt, is left out."""
+    pieces = []
+    for number, start in enumerate(range(0, len(row.ids) - 1, length)):
+        ids = row.ids[start : start + length]
+        pieces.append(replace(row, id=f"{row.id}#{number}", ids=ids, labels=(IGNORED, *ids[1:])))
+    return pieces

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 
 class Row(Protocol):
-    """What every task's rows have: token ids."""
+    """What every task's rows have: a size, and what is learnt from them."""
 
     @property
-    def ids(self) -> tuple[int, ...]:
-        """Token ids."""
+    def id(self) -> str:
+        """Names it in messages."""
+
+    @property
+    def length(self) -> int:
+        """How much the model reads of it: tokens, or 1 for an image; batches are planned by it."""
+
+    @property
+    def content(self) -> Any:
+        """What is trained on, as JSON can hold it; a run that is resumed must find the same."""
+
+
+class TokenRow:
+    """The size and content of a row of token ids with labels."""
+
+    ids: tuple[int, ...]
+    labels: Any
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return len(self.ids)
+
+    @property
+    def content(self) -> Any:
+        """Ids and labels."""
+        return [self.ids, self.labels]
 
 
 R = TypeVar("R", bound=Row)
@@ -36,7 +61,12 @@ class RowSet(Generic[R]):
     @property
     def tokens(self) -> int:
         """Tokens of all rows."""
-        return sum(len(row.ids) for row in self.rows)
+        return sum(row.length for row in self.rows)
+
+    @property
+    def learnt(self) -> int:
+        """How much is learnt, in the unit of the task's objective; one a row, unless a task says otherwise."""
+        return len(self.rows)
 
     @property
     def taught(self) -> str:

@@ -1,8 +1,9 @@
-"""What a run leaves in its folder: ``run.json``, ``metrics.jsonl``, the loss curve, and its checkpoints.
+"""What a run leaves in its folder: ``run.json``, ``metrics.jsonl``, the loss curve, adapters and checkpoints.
 
 | file | holds |
 |---|---|
-| ``adapter/`` | the trained adapter, in PEFT's files |
+| ``adapter/`` | the trained adapter, in PEFT's files, with a model card |
+| ``best/`` | the adapter that was best on the valid split, where that is watched; ``best.json`` says when |
 | ``run.json`` | versions, machine, recipe, hashes of the data, seeds, and how the run ended |
 | ``metrics.jsonl`` | one line each ``log_every`` steps: loss, learning rate, tokens, seconds |
 | ``loss.png`` | the loss curve, where matplotlib is installed |
@@ -27,7 +28,7 @@ from lorakit.errors import ConfigError, TrainingError
 if TYPE_CHECKING:
     from lorakit.attach import AttachReport
     from lorakit.train.recipe import Recipe
-    from lorakit.train.task import Row, RowSet
+    from lorakit.train.row_set import Row, RowSet
 
 _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
 _STATE = "trainer_state.json"  # what transformers writes last into a checkpoint
@@ -79,13 +80,27 @@ def machine() -> dict[str, Any]:
     """What the run ran on."""
     import torch
 
+    from lorakit.ops.native.load import status
+
     return {
         "system": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "kernels": status().state,
     }
+
+
+def what_changed(run: Mapping[str, Any]) -> list[str]:
+    """What a resumed run's last digits may depend on and what is not as it was when the run was started.
+
+    Args:
+        run: Its ``run.json``.
+    """
+    now = {**versions(), **{key: machine()[key] for key in ("processor", "threads", "kernels")}}
+    then = {**run.get("versions", {}), **run.get("machine", {})}
+    return [f"{key} was {then[key]}, is {now[key]}" for key in now if key in then and then[key] != now[key]]
 
 
 def _processor() -> str:
@@ -100,12 +115,12 @@ def rows_hash(rows: Iterable[Row], names: Sequence[str] = ()) -> str:
     """A SHA-256 of what is trained on: ids and labels in their order, and the names of the labels."""
     digest = hashlib.sha256(json.dumps(names).encode() if names else b"")
     for row in rows:
-        digest.update(json.dumps([row.ids, row.labels]).encode())
+        digest.update(json.dumps(row.content).encode())
     return digest.hexdigest()
 
 
 def run_record(
-    recipe: Recipe, rows: RowSet, data_hash: str, steps: int, report: AttachReport
+    recipe: Recipe, rows: RowSet[Any], data_hash: str, steps: int, reports: Sequence[AttachReport]
 ) -> dict[str, Any]:
     """What ``run.json`` says before the first step."""
     settings = recipe.train
@@ -129,9 +144,32 @@ def run_record(
             "truncated": rows.truncated,
         },
         "steps": steps,
-        "trainable": report.trainable,
-        "base_parameters": report.base_parameters,
+        "trainable": sum(report.trainable for report in reports),
+        "base_parameters": reports[0].base_parameters,
     }
+
+
+def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run was started with, from its ``run.json``; its output is that folder, wherever it is now.
+
+    Args:
+        folder: The run's.
+        overrides: Settings that replace those of the recipe, as ``"train.max_seconds=60"``.
+
+    Raises:
+        ConfigError: The folder holds no run, or the recipe cannot be read any more.
+    """
+    from lorakit.train.recipe_file import check_recipe, with_override
+
+    run = read_run(folder) if folder.is_dir() else None
+    if run is None or not isinstance(run.get("recipe"), dict):
+        raise ConfigError(
+            f"{folder} holds no run: there is no run.json with a recipe in it. Name the output folder of lorakit train."
+        )
+    values: dict[str, Any] = {**run["recipe"], "output": str(folder)}
+    for override in overrides:
+        values = with_override(values, override)
+    return check_recipe(values, {}, None, str(folder / "run.json"))
 
 
 # ---- checkpoints
@@ -161,12 +199,21 @@ def checkpoint_to_resume(folder: Path, recipe: Mapping[str, Any], data_hash: str
         ConfigError: The recipe or the data changed since.
     """
     run = read_run(folder)
-    found = checkpoints(folder)
-    if run is None or not found:
+    there = checkpoints(folder)
+    if run is None or not there:
         raise TrainingError(
             f"There is nothing to resume in {folder}: no whole checkpoint. Checkpoints are written every "
             "train.save_every "
             "steps, and on Ctrl-C. Start without --resume."
+        )
+    how = run.get("ended", {}).get("how")
+    old_patience, new_patience = (
+        found.get("train", {}).get("patience") for found in (run.get("recipe", {}), recipe)
+    )
+    if how == "patience" and old_patience == new_patience:
+        raise ConfigError(
+            f"The run in {folder} ended because train.patience ({old_patience}) was at its end. To go on all the same, "
+            f"raise it: lorakit resume {folder} --set train.patience={2 * (old_patience or 1)}"
         )
     changed = sorted(_differences(run.get("recipe", {}), recipe))
     changed = [key for key in changed if key not in _MAY_CHANGE]
@@ -180,7 +227,7 @@ def checkpoint_to_resume(folder: Path, recipe: Mapping[str, Any], data_hash: str
         raise ConfigError(
             f"The training data is not what {folder} was started with. Start a new run with another output."
         )
-    return found[-1]
+    return there[-1]
 
 
 _MAY_CHANGE = (
@@ -189,6 +236,8 @@ _MAY_CHANGE = (
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.patience",
+    "train.report_to",
     "model.name",
 )
 
@@ -206,14 +255,24 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterable[str]:
 class MetricsFile:
     """``metrics.jsonl``: one object a line, written through at once."""
 
-    def __init__(self, path: Path, *, keep_steps: int = 0) -> None:
-        """Open it, keeping the lines up to a step: a resumed run writes those after it again."""
-        self.path = path
+    def __init__(self, path: Path, *, keep_steps: int = 0, writes: bool = True) -> None:
+        """Open it, keeping the lines up to a step: a resumed run writes those after it again.
+
+        Args:
+            path: Of the file.
+            keep_steps: The last step whose lines are kept.
+            writes: False in a process that leaves the file to another one.
+        """
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= keep_steps] if keep_steps else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append one object."""
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lorakit.errors import ConfigError, MissingDependencyError
 from lorakit.tasks.execution import ExecutionReport, execution_accuracy
 from lorakit.tasks.text_to_sql import extract_sql
 from lorakit.train.examples import Example
+from lorakit.train.results import Answer
 
 
 def judge_sql(answers: Sequence[str], examples: Sequence[Example]) -> ExecutionReport:
@@ -24,6 +26,43 @@ def judge_sql(answers: Sequence[str], examples: Sequence[Example]) -> ExecutionR
     return execution_accuracy(
         [extract_sql(a) for a in answers], [case() for case in cases if case is not None]
     )
+
+
+def text_scores(
+    metrics: Sequence[str], texts: Sequence[str], examples: Sequence[Example]
+) -> tuple[dict[str, float], list[Answer]]:
+    """Written answers compared with what would have been right.
+
+    Args:
+        metrics: Which of ``execution_accuracy``, ``exact_match``, ``bleu``, ``nist``; others are left alone.
+        texts: What was written.
+        examples: What was asked.
+
+    Raises:
+        ConfigError: An example has no database to run on.
+    """
+    references = [example.references for example in examples]
+    answers = [
+        Answer(e.id, e.messages[-1]["content"], text, e.references)
+        for e, text in zip(examples, texts, strict=True)
+    ]
+    scores: dict[str, float] = {}
+    if "execution_accuracy" in metrics:
+        report = judge_sql(texts, examples)
+        scores["execution_accuracy"] = report.accuracy
+        scores["failed_to_run"] = report.failed / len(texts)
+        answers = [
+            replace(a, correct=verdict.correct, error=verdict.error)
+            for a, verdict in zip(answers, report.verdicts, strict=True)
+        ]
+    if "exact_match" in metrics:
+        scores["exact_match"] = exact_match(texts, references)
+    if "bleu" in metrics:
+        scores["bleu"] = bleu(texts, references)
+    if "nist" in metrics:
+        scores["nist"] = nist(texts, references)
+        scores["nist_row_lengths"] = nist(texts, references, mean_length="row")
+    return scores, answers
 
 
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -69,7 +69,7 @@ def run_batches(
         told: Called with the rows done and their number.
     """
     batches = plan_batches(
-        [len(row.ids) for row in rows],
+        [row.length for row in rows],
         rows=settings.batch_rows or (None if settings.batch_tokens else 16),
         tokens=settings.batch_tokens,
         epochs=1,
@@ -77,12 +77,13 @@ def run_batches(
         padded=padded,
     )
     was_training, done = model.training, 0
+    device = next(model.parameters()).device
     model.eval()
     try:
         with torch.no_grad():
             for numbers in batches:
                 made = collator([rows[i] for i in numbers])
-                step(numbers, {name: tensor.to(model.device) for name, tensor in made.items()})
+                step(numbers, {name: tensor.to(device) for name, tensor in made.items()})
                 done += len(numbers)
                 if told is not None:
                     told(done, len(rows))

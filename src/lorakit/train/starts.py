@@ -63,10 +63,10 @@ def attach_adapter(
         raise ConfigError(f"One adapter cannot start in two measured ways: {' and '.join(sorted(needs))}.")
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        here = {key: tensor.to(base.device) for key, tensor in batch.items()}
+        here = {key: tensor.to(device) for key, tensor in batch.items()}
         return objective.summed(model, base, here) / objective.count(here)
 
-    base = model
+    base, device = model, next(model.parameters()).device
     if needs == {"lorakit.eva"}:
         state = eva(model, adapter, batches(), targets, exclude=exclude, run=loss, seed=seed)
     else:

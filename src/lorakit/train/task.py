@@ -1,70 +1,77 @@
-"""What a run is for: which rows, which model, what is minimised. The loop is the same for all of them."""
+"""What a run is for: which rows, which model, what is minimised and scored. The loop is the same for all of them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorakit.attach import AttachReport
 from lorakit.core import Method
-from lorakit.models import ResolvedModel, load_model
-from lorakit.train.collate import Collator, choose_collator
-from lorakit.train.data import Split, load_examples
-from lorakit.train.loss import NEXT_TOKEN, Objective, mean_loss
+from lorakit.errors import ConfigError
+from lorakit.models import ResolvedModel, load_tokenizer, resolve
+from lorakit.models.chat_template import read_template
+from lorakit.train.batches import plan_run
+from lorakit.train.collate import Collator
+from lorakit.train.data import Split, has_split
+from lorakit.train.loss import Objective
+from lorakit.train.progress import Progress
 from lorakit.train.recipe import Recipe, Targets
-from lorakit.train.render import Rendered, RenderedSet, render, stop_id
-from lorakit.train.stop_token import stop_token_warning
+from lorakit.train.results import EvalResult
+from lorakit.train.row_set import Row, RowSet
+from lorakit.train.strands import Strand, token_strand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-class Row(Protocol):
-    """One row as the model sees it."""
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """Token ids."""
-
-    @property
-    def labels(self) -> tuple[int, ...]:
-        """What is learnt from it."""
-
-
-class RowSet(Protocol):
-    """All rows of a split, and what was done about long ones; as text it tells about itself."""
-
-    @property
-    def rows(self) -> Sequence[Row]: ...
-    @property
-    def longest(self) -> int: ...
-    @property
-    def truncated(self) -> int: ...
-    @property
-    def dropped(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def learnt(self) -> int: ...
+Attachable = tuple[Method | Mapping[Any, Method], Targets | None]
+"""What `lorakit.attach` is given."""
 
 
 class Task(ABC):
     """What differs between kinds of training. One object serves one run, and is called in the order below.
 
     Attributes:
-        objective: What is minimised.
+        objective: What is minimised; known at the latest when the model is.
+        measures: The names of what `measure` returns; the best adapter can be told by any of them.
         head: Paths of the modules that are trained in full whatever the adapter is; known when the model is.
+        parts: The adapters of the run, each as a task with a recipe of its own; most runs have one.
     """
 
-    objective: ClassVar[Objective]
+    objective: Objective
+    measures: tuple[str, ...] = ("valid_loss",)
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.head: tuple[str, ...] = ()
+        self.parts: tuple[Task, ...] = (self,)
+
+    # ---- both to train and to score
+    def resolve(self) -> ResolvedModel | str:
+        """Where the base model is.
+
+        Raises:
+            ModelError: Nothing has that name.
+        """
+        return resolve(self.recipe.model.name)
+
+    def tokenizer(self, resolved: ResolvedModel | str) -> PreTrainedTokenizerBase | None:
+        """The base model's tokenizer, with the recipe's chat template; None where nothing is text."""
+        section = self.recipe.model
+        tokenizer = load_tokenizer(resolved, revision=section.revision)
+        if section.chat_template is not None:
+            tokenizer.chat_template = read_template(section.chat_template)
+        return tokenizer
+
+    # ---- to train
+    def has_split(self, split: Split) -> bool:
+        """Whether there are examples of a split."""
+        return has_split(self.recipe.data, split)
 
     @abstractmethod
-    def rows(self, tokenizer: PreTrainedTokenizerBase, split: Split) -> RowSet:
+    def rows(self, tokenizer: Any, split: Split) -> RowSet[Any]:
         """The rows of a split to learn from or to measure the loss on; the training split comes first."""
 
     @abstractmethod
@@ -74,14 +81,39 @@ class Task(ABC):
     def accept(self, model: PreTrainedModel) -> None:  # noqa: B027 - most tasks take any model
         """Check a base model that the caller has loaded."""
 
+    def check_length(self, model: PreTrainedModel, rows: Sequence[Row]) -> None:
+        """The model must be able to read the rows.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        check_length(model, max(row.length for row in rows))
+
     @abstractmethod
     def collator(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Collator, str | None]:
         """What makes batches, and why they are padded where that was not asked for."""
 
+    def prepared(self, model: PreTrainedModel, rows: Sequence[Any], collator: Collator) -> Sequence[Any]:
+        """The rows with what has to be measured on the base, while no adapter is on it."""
+        return rows
+
+    def batches(self, rows: Sequence[Any], padded: bool) -> list[list[int]]:
+        """The batches of the whole run, as lists of row numbers."""
+        return plan_run(self.recipe.train, rows, padded)
+
+    def rows_of(self, part: Task, rows: Sequence[Any]) -> list[Any]:
+        """Those of some rows that one of ``parts`` learns from."""
+        return list(rows)
+
+    def collator_of(self, part: Task, collator: Any) -> Collator:
+        """What makes batches of the rows of one of ``parts`` alone."""
+        made: Collator = collator
+        return made
+
     @abstractmethod
-    def adapter(self, model: PreTrainedModel) -> tuple[Method | Mapping[Any, Method], Targets | None]:
+    def adapter(self, model: PreTrainedModel) -> Attachable:
         """What `lorakit.attach` is given: the recipe's adapter and its targets."""
 
     def check(self, model: PreTrainedModel, report: AttachReport) -> None:  # noqa: B027 - nor asks more of an adapter
@@ -91,6 +123,13 @@ class Task(ABC):
         """What the adapter's files should say about the task."""
         return {}
 
+    def strands(self, tokenizer: Any, row: Any) -> Sequence[Strand]:
+        """A row for people to look at; called for rows of tokens only."""
+        return [token_strand(row)]
+
+    def leave(self, adapter: Path, tokenizer: Any) -> None:  # noqa: B027 - most adapters are their two files
+        """Write what else belongs beside a saved adapter."""
+
     def warning(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
         """What the user should know before the first step."""
         return None
@@ -99,39 +138,52 @@ class Task(ABC):
     def measure(self, model: PreTrainedModel, rows: Any, collator: Any) -> dict[str, float]:
         """``valid_loss`` and whatever else is told about the valid split by the way."""
 
+    # ---- to score
+    @abstractmethod
+    def examples(self, split: Split, limit: int | None) -> Sequence[Any]:
+        """What is scored: the first examples of a split; read before any model is loaded."""
 
-class CausalLm(Task):
-    """Learning to write answers."""
+    def load_trained(self, resolved: ResolvedModel | str, adapter: str | Path | None) -> PreTrainedModel:
+        """The base that a trained adapter goes onto, or a model to score as it is."""
+        return self.load(resolved)
 
-    objective = NEXT_TOKEN
+    @abstractmethod
+    def score(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Any],
+        progress: Progress,
+        title: str,
+    ) -> EvalResult:
+        """Scores of the adapters that act; the time is taken by the caller.
 
-    def rows(self, tokenizer: PreTrainedTokenizerBase, split: Split) -> RenderedSet:
-        """Conversations, rendered."""
-        settings = self.recipe.train
-        examples = load_examples(self.recipe.data, split, learning=True)
-        return render(examples, tokenizer, max_length=settings.max_length, overlong=settings.overlong)
+        Args:
+            model: With whatever adapters act.
+            tokenizer: Its tokenizer.
+            examples: From `examples`.
+            progress: Whom to tell.
+            title: What to call the answering there.
+        """
 
-    def load(self, resolved: ResolvedModel | str) -> PreTrainedModel:
-        """A decoder."""
-        section = self.recipe.model
-        return load_model(resolved, dtype=section.dtype, device=section.device, revision=section.revision)
 
-    def collator(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[Collator, str | None]:
-        """Packed where the recipe asks for it, or a probe shows that it is exact."""
-        chosen = self.recipe.adapter.adapter()
-        methods = [chosen] if isinstance(chosen, Method) else chosen.values()
-        return choose_collator(self.recipe.train.batching, model, tokenizer, methods)
+def check_length(model: PreTrainedModel, longest: int, what: str = "A row") -> None:
+    """Refuse a row that is longer than what the model has positions for.
 
-    def adapter(self, model: PreTrainedModel) -> tuple[Method | Mapping[Any, Method], Targets | None]:
-        """As it stands in the recipe."""
-        return self.recipe.adapter.adapter(), self.recipe.adapter.targets
+    Raises:
+        ConfigError: It is.
+    """
+    most = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(most, int) and longest > most:
+        raise ConfigError(
+            f"{what} has {longest} tokens, but the model reads at most {most}: set train.max_length to {most} or less."
+        )
 
-    def warning(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """Whether answers can be learnt to end."""
-        return stop_token_warning(model, tokenizer, stop_id(tokenizer), self.recipe.adapter.name)
 
-    def measure(self, model: PreTrainedModel, rows: Sequence[Rendered], collator: Any) -> dict[str, float]:
-        """The loss."""
-        return {"valid_loss": mean_loss(model, rows, collator, self.recipe.train)}
+def telling(progress: Progress, what: str) -> Any:
+    """A callback for `lorakit.train.scoring.run_batches` that tells how far it is."""
+    return partial(_tell, progress, what)
+
+
+def _tell(progress: Progress, what: str, done: int, total: int) -> None:
+    progress.answered(done, total, what)

@@ -1,0 +1,119 @@
+"""Texts, or pairs of texts, as token ids; and what becomes of those that are too long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+
+from lorakit.errors import DataError, listing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Overlong = Literal["drop", "truncate", "error"]
+
+
+class Readable(Protocol):
+    """A text with its place."""
+
+    @property
+    def place(self) -> str:
+        """File and line."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def second(self) -> str | None: ...
+
+
+T = TypeVar("T", bound=Readable)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text, or a pair of texts, as the model sees it.
+
+    Attributes:
+        ids: Token ids.
+        types: For each token which text it belongs to, where the model wants to know.
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Cut(Generic[T]):
+    """Texts that were cut to a length.
+
+    Attributes:
+        kept: Those that are left, with their tokens.
+        longest: Tokens of the longest before anything was cut.
+        truncated: How many were cut.
+        dropped: How many were left out.
+    """
+
+    kept: tuple[tuple[T, Encoded], ...]
+    longest: int
+    truncated: int
+    dropped: int
+
+
+def cut_texts(
+    texts: Sequence[T], tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong
+) -> Cut[T]:
+    """Tokens of texts.
+
+    Args:
+        texts: At least one.
+        tokenizer: The model's.
+        max_length: Most tokens of a row; never more than the tokenizer says its model reads.
+        overlong: What to do with a longer one: leave it out, cut the end of its (longer) text off, or stop.
+
+    Raises:
+        DataError: A row is too long, or none is left.
+    """
+    most = min(max_length, tokenizer.model_max_length)
+    kept, cut, longest = [], [], 0
+    for text in texts:
+        encoded: Any = tokenizer(text.text, text.second, verbose=False)
+        length = len(encoded["input_ids"])
+        longest = max(longest, length)
+        if length > most:
+            cut.append(text.place)
+            if overlong == "drop":
+                continue
+            encoded = tokenizer(text.text, text.second, truncation=True, max_length=most)
+        types = encoded.get("token_type_ids")
+        kept.append((text, Encoded(tuple(encoded["input_ids"]), None if types is None else tuple(types))))
+    check_cut(cut, len(kept), len(texts), longest, most, overlong)
+    return Cut(
+        tuple(kept),
+        longest,
+        len(cut) if overlong == "truncate" else 0,
+        len(cut) if overlong == "drop" else 0,
+    )
+
+
+def check_cut(cut: Sequence[str], kept: int, total: int, longest: int, most: int, overlong: Overlong) -> None:
+    """Stop where long rows are an error, and where nothing is left.
+
+    Args:
+        cut: The places of rows that are too long.
+        kept: Rows that are left.
+        total: All rows.
+        longest: Tokens of the longest.
+        most: Tokens that may be read.
+        overlong: What to do with longer ones.
+
+    Raises:
+        DataError: A row is too long, or none is left.
+    """
+    advice = (
+        f"The longest has {longest} tokens; at most {most} are read (train.max_length, and the model's own)."
+    )
+    if cut and overlong == "error":
+        raise DataError(f"{len(cut)} rows are too long: {listing(cut, most=4)}. {advice}")
+    if not kept:
+        raise DataError(f"No row is left: all {total} are too long. {advice}")

@@ -1,0 +1,317 @@
+"""What a recipe will cost: the planner (`lorakit.plan`) asked with a recipe's words, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.core import Method
+from lorakit.errors import LorakitError, ModelError
+from lorakit.models import BUILTINS, cache_folder, load_tokenizer
+from lorakit.models.fastest_dtype import fastest_dtype, matmul_rates
+from lorakit.plan import Architecture, Plan, Run, architecture, architectures, plan
+from lorakit.plan.architectures import ALIASES, PlanTask
+from lorakit.plan.rehearsal import Device
+from lorakit.plan.work import training_flops
+from lorakit.train.recipe import Recipe
+from lorakit.train.task import Task
+from lorakit.train.tasks import task_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PLAN_TASKS: Mapping[str, PlanTask] = {
+    "causal-lm": "causal-lm",
+    "dpo": "causal-lm",
+    "seq2seq": "seq2seq",
+    "classification": "sequence-classification",
+    "regression": "sequence-classification",
+}
+_LONGEST_GUESS = 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The largest batch of a run, and the whole of it.
+
+    Attributes:
+        rows: Rows of the largest batch.
+        length: Tokens of each of its rows; the mean of them where they are packed.
+        packed: Whether they lie end to end.
+        learnt: The share of its positions whose logits the loss needs.
+        tokens: Tokens of all batches of the run; None where the data was not read.
+        steps: Optimizer steps; None likewise.
+        measured: Whether this comes from the data and not from the recipe alone.
+    """
+
+    rows: int
+    length: int
+    packed: bool
+    learnt: float = 1.0
+    tokens: int | None = None
+    steps: int | None = None
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe will cost.
+
+    Attributes:
+        plan: Counts and memory.
+        shape: Of the batches that it assumes.
+        flops: Of one token of training, forward and backward; None where the model cannot be rehearsed.
+        seconds: The least time that the run can take at the measured speed of this machine's matrix products; None
+            where that is not known.
+        why: Why the data was not read, or the time is not known; empty where all is known.
+    """
+
+    plan: Plan
+    shape: Shape
+    flops: float | None
+    seconds: float | None
+    why: tuple[str, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        training = self.plan.training
+        return {
+            **self.plan.plain(),
+            "batch": dataclasses.asdict(self.shape),
+            "largest": None if training is None else [list(term) for term in terms(self.plan)],
+            "flops_per_token": self.flops,
+            "at_least_seconds": self.seconds,
+            "not_known": list(self.why),
+        }
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Estimate a run. Nothing is downloaded: only a config is needed, and the data where the tokenizer is at hand.
+
+    Raises:
+        ModelError: No config of the model is at hand.
+        ConfigError: A setting makes no sense for the model.
+        TargetError: A target was not found.
+    """
+    task = task_of(recipe)
+    config = config_of(recipe)
+    shape, why = _shape(task, config)
+    base = architecture_of(task, config)
+    if len(task.parts) > 1:
+        why = (*why, f"the {len(task.parts)} adapters together: the first one is planned for")
+    planned = task_plan(task, base, shape)
+    flops = None
+    if planned.training is not None:
+        flops = training_flops(base, planned.counts, planned.run) / (planned.run.batch * planned.run.length)
+    seconds = None
+    if planned.run.device == "cuda" and not torch.cuda.is_available():
+        why = (*why, "the time: there is no GPU here to measure")
+    elif flops is not None and shape.tokens is not None:
+        rates = matmul_rates(planned.run.device)
+        rate = rates.bfloat16 if planned.run.base_dtype == "bfloat16" else rates.float32
+        seconds = flops * shape.tokens / rate if rate else None
+    return Estimate(planned, shape, flops, seconds, why)
+
+
+def task_plan(task: Task, base: Architecture, shape: Shape) -> Plan:
+    """The planner's answer for a run on a model.
+
+    Args:
+        task: Of the recipe; what its model's head is trained for is counted where its labels are known.
+        base: The model on the meta device.
+        shape: Of the largest batch.
+    """
+    recipe = task.parts[0].recipe
+    section, settings = recipe.adapter, recipe.train
+    device: Device = "cuda" if _device(recipe).type == "cuda" else "cpu"
+    run = Run(
+        batch=shape.rows,
+        length=shape.length,
+        device=device,
+        dtype=_dtype(recipe, device),
+        storage=recipe.model.quantize or "dense",
+        checkpointing=settings.activation_checkpointing,
+        packing=shape.packed,
+        learnt=shape.learnt,
+        accumulation=settings.accumulation,
+    )
+    method: Method | Mapping[Any, Method] = section.adapter()
+    targets = section.targets
+    try:
+        task.parts[0].accept(base.model)
+        method, targets = task.parts[0].adapter(base.model)
+    except (LorakitError, AttributeError):
+        pass  # a head whose labels are not known yet: the body's adapter is what counts
+    return plan(base, method, targets, exclude=section.exclude, run=run)
+
+
+def terms(planned: Plan) -> list[tuple[str, int]]:
+    """The terms of the memory of training, the largest first."""
+    training = planned.training
+    assert training is not None
+    found = {name: getattr(training, name) for name in training.__dataclass_fields__}
+    return sorted(found.items(), key=lambda term: -term[1])
+
+
+def config_of(recipe: Recipe) -> str | Path:
+    """What `lorakit.plan.architecture` takes: a folder, a shipped name, or a hub id's config in the local cache.
+
+    Raises:
+        ModelError: No config is on this machine: which file to get.
+    """
+    name = recipe.model.name
+    if Path(name).expanduser().is_dir() and name not in BUILTINS:
+        return Path(name).expanduser()
+    if ALIASES.get(name.lower(), name.lower()) in architectures():
+        return name
+    found = _cached(recipe, "config.json")
+    if found is None:
+        raise ModelError(
+            f"The config of {name!r} is not on this machine, and an estimate fetches nothing. Download its config.json "
+            "(a few kB) into a folder and estimate with --model.name FOLDER; or name a shipped config, see lorakit "
+            "plan --models."
+        )
+    return found
+
+
+def architecture_of(task: Task, config: str | Path) -> Architecture:
+    """The model of a task on the meta device, with a head for as many labels as its rows have (2 if not read yet)."""
+    kind = _PLAN_TASKS.get(task.recipe.task)
+    labels = None
+    if kind == "sequence-classification":
+        labels = len(getattr(task, "labels", ())) or (1 if task.recipe.task == "regression" else 2)
+    return architecture(config, task=kind, num_labels=labels)
+
+
+def _shape(task: Task, config: str | Path) -> tuple[Shape, tuple[str, ...]]:
+    """The largest batch, from the data where the tokenizer is at hand, else from the recipe."""
+    recipe, settings = task.recipe, task.recipe.train
+    packed = settings.batching != "padded" and recipe.task == "causal-lm"
+    try:
+        rows = task.rows(load_tokenizer(_tokenizer_of(recipe)), "train").rows
+        return batch_shape(rows, task.batches(rows, not packed), settings.accumulation, packed=packed), ()
+    except (LorakitError, OSError) as error:
+        reason = str(error).splitlines()[0]
+    length = min(settings.max_length, _LONGEST_GUESS)
+    count = settings.batch_rows or max(1, (settings.batch_tokens or 16 * length) // length)
+    why = f"the rows, so {count} of {length} tokens are taken for a batch: {reason}"
+    return Shape(count, length, packed), (why,)
+
+
+def batch_shape(
+    rows: Sequence[Any], batches: Sequence[Sequence[int]], accumulation: int, *, packed: bool
+) -> Shape:
+    """The largest of some batches, and all of them."""
+
+    def cost(batch: Sequence[int]) -> int:
+        lengths = [rows[i].length for i in batch]
+        return sum(lengths) if packed else max(lengths) * len(lengths)
+
+    largest = max(batches, key=cost)
+    learnt = [getattr(rows[i], "learnt", rows[i].length) for i in largest]
+    size = cost(largest)
+    return Shape(
+        rows=len(largest),
+        length=-(-size // len(largest)),
+        packed=packed,
+        learnt=min(1.0, max(1, sum(learnt)) / size),
+        tokens=sum(cost(batch) for batch in batches),
+        steps=-(-len(batches) // accumulation),
+        measured=True,
+    )
+
+
+def _tokenizer_of(recipe: Recipe) -> Path:
+    """Where the tokenizer is on this machine.
+
+    Raises:
+        ModelError: Nowhere: it would have to be fetched.
+    """
+    name = recipe.model.name
+    if name in BUILTINS:
+        builtin = BUILTINS[name]
+        there = sorted((cache_folder() / "models").glob(f"{name}-{builtin.version}-v*/config.json"))
+        if not there:
+            raise ModelError(f"{name!r} has not been fetched yet, so its tokenizer is not here.")
+        return there[-1].parent
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    found = _cached(recipe, "tokenizer_config.json")
+    if found is None:
+        raise ModelError(f"the tokenizer of {name!r} is not on this machine.")
+    return found.parent
+
+
+def _cached(recipe: Recipe, file: str) -> Path | None:
+    """A file of a hub model in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(recipe.model.name, file, revision=recipe.model.revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _device(recipe: Recipe) -> torch.device:
+    if recipe.model.device is not None:
+        return torch.device(recipe.model.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(recipe: Recipe, device: str) -> str:
+    asked = recipe.model.dtype
+    if asked == "fastest":
+        return str(fastest_dtype(device)).removeprefix("torch.")
+    return "" if asked == "auto" else asked
+
+
+def advice(planned: Plan) -> list[str]:
+    """What to change for less memory, what helps most going first; each with the recipe's own key."""
+    training, run = planned.training, planned.run
+    if training is None:
+        return []
+    ways: list[tuple[int, str]] = []
+    held = planned.weights
+    if run.storage == "dense":
+        saved = training.weights - training.weights * 5 // (8 * (4 if run.base_dtype == "float32" else 2))
+        ways.append((saved, "model.quantize: nf4 keeps the linear layers in four bits"))
+    if run.base_dtype == "float32":
+        ways.append(
+            (
+                held.dense // 2 + training.activations // 2,
+                "model.dtype: bfloat16 halves weights and activations (how fast it is here: lorakit doctor)",
+            )
+        )
+    if run.batch > 1:
+        ways.append(
+            (
+                training.activations // 2,
+                f"train.batch_rows: {max(1, run.batch // 2)} with train.accumulation: {2 * run.accumulation} learns "
+                "the same with about half of the activations",
+            )
+        )
+    if not run.checkpointing:
+        ways.append(
+            (
+                training.activations * 2 // 3,
+                "train.activation_checkpointing: true keeps the borders of layers only",
+            )
+        )
+    ways.append((training.activations // 4, "a lower train.max_length leaves out, or cuts, the longest rows"))
+    small = training.adapter + training.gradients + training.optimizer
+    ways.append((small // 2, "adapter.r: half of it halves the adapter, its gradients and the optimizer"))
+    return [text for _, text in sorted(ways, key=lambda way: -way[0])]
+
+
+def live_architecture(model: PreTrainedModel) -> Architecture:
+    """The architecture of a model that is loaded, anew on the meta device."""
+    with torch.device("meta"):
+        made = type(model)._from_config(model.config)
+    return Architecture(type(model).__name__, "", "the loaded model", made.train())

@@ -1,0 +1,191 @@
+"""Learning to give a text, or a pair of texts, a number: a fresh head of one output over a pretrained body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.train.collate import Collator, LabelCollator
+from lorakit.train.columns import column_number, column_text
+from lorakit.train.correlation import pearson, spearman
+from lorakit.train.cutting import Overlong, cut_texts
+from lorakit.train.data import Split
+from lorakit.train.data_sections import LabelledData
+from lorakit.train.loss import Objective, count_labels
+from lorakit.train.progress import Progress
+from lorakit.train.results import Answer, EvalResult
+from lorakit.train.row_set import RowSet, TokenRow
+from lorakit.train.sources import source_rows
+from lorakit.train.split import source_of
+from lorakit.train.task import telling
+from lorakit.train.tasks.classification import label_logits
+from lorakit.train.tasks.headed import HeadedTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OUTPUT = ("value",)
+"""What the one output of the head is called."""
+
+
+@dataclass(frozen=True)
+class MeasuredText:
+    """One row of a table.
+
+    Attributes:
+        place: File and line.
+        text: What is measured.
+        second: The second text, where pairs are.
+        value: Its number.
+    """
+
+    place: str
+    text: str
+    second: str | None
+    value: float
+
+    @property
+    def shown(self) -> str:
+        """What is measured, for people."""
+        return self.text if self.second is None else f"{self.text}\n{self.second}"
+
+
+@dataclass(frozen=True)
+class MeasuredRow(TokenRow):
+    """One row as the model sees it.
+
+    Attributes:
+        id: Its place.
+        ids: Token ids.
+        labels: Its number, alone.
+        types: For each token which text it belongs to, where the model wants to know.
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    labels: tuple[float, ...]
+    types: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSet(RowSet[MeasuredRow]):
+    """All rows of a split."""
+
+    @property
+    def taught(self) -> str:
+        """The range of the numbers."""
+        values = [row.labels[0] for row in self.rows]
+        return f"numbers from {min(values):g} to {max(values):g}"
+
+
+def squared_errors(
+    model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The squared error of each row of a batch, and the rows' numbers, both ``(rows,)``."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    given = model(**inputs).logits.float().squeeze(1)
+    return (given - batch["labels"]).square(), torch.arange(len(given), device=given.device)
+
+
+def summed_squared_error(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the squared errors over a batch; a scalar."""
+    return squared_errors(model, base, batch)[0].sum()
+
+
+SQUARED_ERROR = Objective(summed_squared_error, count_labels, "row", squared_errors)
+
+
+class Regression(HeadedTask):
+    """A head of one output, and the recipe's adapter on the body; what is minimised is the mean squared error."""
+
+    objective = SQUARED_ERROR
+    measures = ("valid_loss", "valid_spearman")
+    head_kind = "sequence-classification"
+    peft_task = "SEQ_CLS"
+
+    def _texts(self, split: Split) -> list[MeasuredText]:
+        data = self.recipe.data
+        assert isinstance(data, LabelledData)
+        return [
+            MeasuredText(
+                str(place),
+                column_text(row, data.text, "text", place),
+                None
+                if data.second_text is None
+                else column_text(row, data.second_text, "second_text", place),
+                column_number(row, data.label, "label", place),
+            )
+            for place, row in source_rows(source_of(data, split), data.format, data.max_rows.get(split))
+        ]
+
+    def _rows(self, texts: Sequence[MeasuredText], tokenizer: Any, overlong: Overlong) -> MeasuredSet:
+        cut = cut_texts(texts, tokenizer, max_length=self.recipe.train.max_length, overlong=overlong)
+        rows = tuple(
+            MeasuredRow(text.place, encoded.ids, (text.value,), encoded.types) for text, encoded in cut.kept
+        )
+        return MeasuredSet(rows=rows, longest=cut.longest, truncated=cut.truncated, dropped=cut.dropped)
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, split: Split) -> MeasuredSet:
+        """Texts with their numbers."""
+        self.labels = OUTPUT
+        overlong = self.recipe.train.overlong if split == "train" else "truncate"
+        return self._rows(self._texts(split), tokenizer, overlong)
+
+    def labels_of_data(self) -> tuple[str, ...]:
+        return OUTPUT
+
+    def accept(self, model: PreTrainedModel) -> None:
+        """Its head must have one output."""
+        super().accept(model)
+        model.config.problem_type = "regression"
+
+    def collator(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Collator, str | None]:
+        """Padded on the right."""
+        return LabelCollator(int(tokenizer.pad_token_id)), None
+
+    def measure(self, model: PreTrainedModel, rows: Sequence[MeasuredRow], collator: Any) -> dict[str, float]:
+        """The mean squared error, and how well the order is found."""
+        given = label_logits(model, rows, collator, self.recipe.train).squeeze(1)
+        gold = torch.tensor([float(row.labels[0]) for row in rows])
+        return {
+            "valid_loss": F.mse_loss(given, gold).item(),
+            "valid_spearman": spearman(given.tolist(), gold.tolist()),
+        }
+
+    def examples(self, split: Split, limit: int | None) -> list[MeasuredText]:
+        """Texts with their numbers."""
+        return self._texts(split)[:limit]
+
+    def score(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[MeasuredText],
+        progress: Progress,
+        title: str,
+    ) -> EvalResult:
+        """``pearson`` and ``spearman`` from -1 to 1, ``mean_squared_error`` and ``mean_absolute_error``."""
+        settings = self.recipe.train
+        rows = self._rows(examples, tokenizer, "error" if settings.overlong == "error" else "truncate").rows
+        collator = LabelCollator(int(tokenizer.pad_token_id))
+        given = label_logits(model, rows, collator, settings, telling(progress, "reading")).squeeze(1)
+        gold = torch.tensor([text.value for text in examples])
+        every = {
+            "pearson": pearson(given.tolist(), gold.tolist()),
+            "spearman": spearman(given.tolist(), gold.tolist()),
+            "mean_squared_error": F.mse_loss(given, gold).item(),
+            "mean_absolute_error": F.l1_loss(given, gold).item(),
+        }
+        answers = tuple(
+            Answer(text.place, text.shown, f"{value:.4g}", (f"{text.value:g}",))
+            for text, value in zip(examples, given.tolist(), strict=True)
+        )
+        scores = {metric: every[metric] for metric in self.recipe.evaluate.metrics or every}
+        return EvalResult(scores, len(examples), 0.0, answers)

@@ -1,0 +1,318 @@
+"""Learning a label for each word: names in sentences, parts of speech."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.errors import DataError, listing, near_matches
+from lorakit.train.classifier_scores import accuracy, label_scores, macro_f1
+from lorakit.train.collate import Collator, side_by_side
+from lorakit.train.columns import column_words
+from lorakit.train.cutting import Overlong, check_cut
+from lorakit.train.data import Split
+from lorakit.train.entities import entity_scores
+from lorakit.train.loss import Objective
+from lorakit.train.progress import Progress
+from lorakit.train.render import IGNORED
+from lorakit.train.results import Answer, EvalResult
+from lorakit.train.row_set import RowSet, TokenRow
+from lorakit.train.scoring import run_batches
+from lorakit.train.sources import source_rows
+from lorakit.train.split import source_of
+from lorakit.train.task import telling
+from lorakit.train.task_data import TaggedData
+from lorakit.train.tasks.headed import HeadedTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TaggedWords:
+    """One row of a table.
+
+    Attributes:
+        place: File and line.
+        words: As they stand in the text.
+        tags: One for each word.
+    """
+
+    place: str
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TaggedRow(TokenRow):
+    """One row as the model sees it.
+
+    Attributes:
+        id: Its place.
+        ids: Token ids.
+        labels: For the first token of each word the number of its tag, else -100.
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaggedSet(RowSet[TaggedRow]):
+    """All rows of a split, and what was done about long ones.
+
+    Attributes:
+        names: The tags, in the order of the logits.
+    """
+
+    names: tuple[str, ...]
+
+    @property
+    def learnt(self) -> int:
+        """Words of all rows."""
+        return sum(label != IGNORED for row in self.rows for label in row.labels)
+
+    @property
+    def taught(self) -> str:
+        """The share of each tag."""
+        counts = Counter(label for row in self.rows for label in row.labels if label != IGNORED)
+        shares = [f"{name} {100 * counts[i] / self.learnt:.0f} %" for i, name in enumerate(self.names)]
+        return f"{self.learnt:,} words with {len(self.names)} tags: {listing(shares, most=12)}"
+
+
+@dataclass(frozen=True)
+class TaggedCollator:
+    """Rows of tokens side by side, padded on the right; padding is masked and never labelled."""
+
+    pad: int
+    padded: ClassVar[bool] = True
+
+    def __call__(self, rows: Sequence[TaggedRow]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, longest)``."""
+        return {
+            "input_ids": side_by_side([row.ids for row in rows], self.pad),
+            "attention_mask": side_by_side([[1] * len(row.ids) for row in rows], 0),
+            "labels": side_by_side([row.labels for row in rows], IGNORED),
+        }
+
+
+def tag_losses(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """``-log p`` of the tag of each word of a batch, and the number of its row, both ``(words,)``."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    learnt = batch["labels"] != IGNORED
+    logits = model(**inputs).logits[learnt].float()
+    return F.cross_entropy(logits, batch["labels"][learnt], reduction="none"), learnt.nonzero()[:, 0]
+
+
+def summed_tag_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The sum of ``-log p`` over the words of a batch; a scalar."""
+    return tag_losses(model, base, batch)[0].sum()
+
+
+def count_words(batch: Mapping[str, Tensor]) -> int:
+    """How many words of a batch have a tag."""
+    return int((batch["labels"] != IGNORED).sum())
+
+
+TAG = Objective(summed_tag_loss, count_words, "word", tag_losses)
+
+
+class TokenClassification(HeadedTask):
+    """A head over every token, and the recipe's adapter on the body. A word's tag is read at its first token."""
+
+    objective = TAG
+    measures = ("valid_loss", "valid_accuracy")
+    head_kind = "token-classification"
+    peft_task = "TOKEN_CLS"
+
+    def _words(self, split: Split) -> list[TaggedWords]:
+        data = self.recipe.data
+        assert isinstance(data, TaggedData)
+        found = []
+        for place, row in source_rows(source_of(data, split), data.format, data.max_rows.get(split)):
+            words = column_words(row, data.tokens, "tokens", place)
+            tags = column_words(row, data.tags, "tags", place)
+            if len(words) != len(tags):
+                raise DataError(
+                    f"{place}: {len(words)} words in {data.tokens!r}, {len(tags)} tags in {data.tags!r}."
+                )
+            found.append(TaggedWords(str(place), tuple(words), tuple(tags)))
+        return found
+
+    def labels_of_data(self) -> tuple[str, ...]:
+        return tag_names(self._words("train"))
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, split: Split) -> TaggedSet:
+        """Words with the numbers of their tags; the training split decides what tags there are."""
+        texts = self._words(split)
+        if split == "train":
+            self.labels = tag_names(texts)
+        overlong = self.recipe.train.overlong if split == "train" else "truncate"
+        return self._set(texts, tokenizer, overlong)
+
+    def _set(self, texts: Sequence[TaggedWords], tokenizer: Any, overlong: Overlong) -> TaggedSet:
+        return tag_rows(
+            texts, self.labels, tokenizer, max_length=self.recipe.train.max_length, overlong=overlong
+        )
+
+    def collator(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Collator, str | None]:
+        """Padded on the right."""
+        return TaggedCollator(int(tokenizer.pad_token_id)), None
+
+    def measure(self, model: PreTrainedModel, rows: Sequence[TaggedRow], collator: Any) -> dict[str, float]:
+        """The loss, and the share of right tags."""
+        losses, found = self._run(model, rows, collator)
+        gold = [label for row in rows for label in row.labels if label != IGNORED]
+        right = sum(tag == label for tag, label in zip((t for row in found for t in row), gold, strict=True))
+        return {"valid_loss": losses, "valid_accuracy": right / len(gold)}
+
+    def _run(
+        self, model: PreTrainedModel, rows: Sequence[TaggedRow], collator: Collator, told: Any = None
+    ) -> tuple[float, list[list[int]]]:
+        """The mean loss, and for each row the likeliest tag of each word that was read."""
+        total, words = 0.0, 0
+        found: dict[int, list[int]] = {}
+
+        def step(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
+            nonlocal total, words
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            learnt = batch["labels"] != IGNORED
+            logits = model(**inputs).logits.float()
+            total += F.cross_entropy(logits[learnt], batch["labels"][learnt], reduction="sum").item()
+            words += int(learnt.sum())
+            best = logits.argmax(dim=2)
+            for i, row in enumerate(numbers):
+                found[row] = best[i][learnt[i]].tolist()
+
+        run_batches(model, rows, collator, self.recipe.train, step, padded=True, told=told)
+        return total / words, [found[i] for i in range(len(rows))]
+
+    def examples(self, split: Split, limit: int | None) -> list[TaggedWords]:
+        """Words with the tags that they have."""
+        return self._words(split)[:limit]
+
+    def score(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[TaggedWords],
+        progress: Progress,
+        title: str,
+    ) -> EvalResult:
+        """``accuracy`` and ``macro_f1`` of words, ``loss`` a word; ``entity_f1`` where tags begin with ``B-``, ``I-``.
+
+        The words of a row that is cut at ``train.max_length`` count as missed behind the cut.
+        """
+        from lorakit.models import labels_of
+
+        self.labels = labels_of(model)
+        rows = self._set(
+            examples, tokenizer, "error" if self.recipe.train.overlong == "error" else "truncate"
+        )
+        collator = TaggedCollator(int(tokenizer.pad_token_id))
+        loss, found = self._run(model, rows.rows, collator, telling(progress, "tagging"))
+        number = {name: i for i, name in enumerate(self.labels)}
+        # A word that was cut off has no tag: it is given one that no word has.
+        given = [[*tags, *[-1] * (len(e.words) - len(tags))] for tags, e in zip(found, examples, strict=True)]
+        gold = [[number[tag] for tag in example.tags] for example in examples]
+        fared = label_scores([t for row in given for t in row], [t for row in gold for t in row], self.labels)
+        every = {"accuracy": accuracy(fared), "macro_f1": macro_f1(fared), "loss": loss}
+        words = [[self.labels[t] if t >= 0 else "O" for t in row] for row in given]
+        if all(tag == "O" or tag[:2] in ("B-", "I-") for tag in self.labels):
+            every["entity_f1"] = entity_scores(words, [list(e.tags) for e in examples]).f1
+        asked = self.recipe.evaluate.metrics or every
+        missing = [metric for metric in asked if metric not in every]
+        if missing:
+            raise DataError(
+                f"{missing[0]} needs tags that begin with B- and I- (and O for none); these are {listing(self.labels)}."
+            )
+        answers = tuple(
+            Answer(e.place, " ".join(e.words), " ".join(tags), (" ".join(e.tags),), tags == list(e.tags))
+            for e, tags in zip(examples, words, strict=True)
+        )
+        return EvalResult({m: every[m] for m in asked}, len(examples), 0.0, answers, fared)
+
+
+def tag_names(texts: Sequence[TaggedWords]) -> tuple[str, ...]:
+    """The tags that occur, by the alphabet, and ``O`` first.
+
+    Raises:
+        DataError: There is only one.
+    """
+    names = {tag for text in texts for tag in text.tags}
+    if len(names) < 2:
+        raise DataError(f"All words to train on have the tag {min(names)!r}: there is nothing to tell apart.")
+    return tuple(sorted(names, key=lambda name: (name != "O", name)))
+
+
+def tag_rows(
+    texts: Sequence[TaggedWords],
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    overlong: Overlong,
+) -> TaggedSet:
+    """Rows of token ids with the number of each word's tag at its first token.
+
+    Args:
+        texts: At least one.
+        names: The tags in the order of the logits.
+        tokenizer: The model's; it must be a fast one, which knows what word a token belongs to.
+        max_length: Most tokens of a row; never more than the tokenizer says its model reads.
+        overlong: What to do with a longer one.
+
+    Raises:
+        DataError: A tag is not among ``names``, a word has no tokens, a row is too long, or none is left.
+    """
+    number = {name: i for i, name in enumerate(names)}
+    most = min(max_length, tokenizer.model_max_length)
+    rows, cut, longest = [], [], 0
+    for text in texts:
+        for tag in text.tags:
+            if tag not in number:
+                raise DataError(
+                    f"{text.place}: the tag {tag!r} is none of those of the training data.{near_matches(tag, names)} "
+                    f"Those are: {listing(names, most=20)}."
+                )
+        encoded: Any = tokenizer(list(text.words), is_split_into_words=True, verbose=False)
+        longest = max(longest, len(encoded["input_ids"]))
+        _check_words(text, encoded)
+        if len(encoded["input_ids"]) > most:
+            cut.append(text.place)
+            if overlong == "drop":
+                continue
+            encoded = tokenizer(list(text.words), is_split_into_words=True, truncation=True, max_length=most)
+        labels = [IGNORED if word is None else number[text.tags[word]] for word in _first_tokens(encoded)]
+        rows.append(TaggedRow(text.place, tuple(encoded["input_ids"]), tuple(labels)))
+    check_cut(cut, len(rows), len(texts), longest, most, overlong)
+    return TaggedSet(
+        rows=tuple(rows),
+        names=tuple(names),
+        longest=longest,
+        truncated=len(cut) if overlong == "truncate" else 0,
+        dropped=len(cut) if overlong == "drop" else 0,
+    )
+
+
+def _first_tokens(encoded: Any) -> Iterator[int | None]:
+    """For each token the word that begins there, or None."""
+    before = None
+    for word in encoded.word_ids():
+        yield word if word != before else None
+        before = word
+
+
+def _check_words(text: TaggedWords, encoded: Any) -> None:
+    read = {word for word in encoded.word_ids() if word is not None}
+    for i, word in enumerate(text.words):
+        if i not in read:
+            raise DataError(f"{text.place}: the tokenizer makes no token of the word {word!r}: leave it out.")

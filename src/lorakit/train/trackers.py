@@ -1,0 +1,54 @@
+"""Trackers of experiments, through transformers' own callbacks: what ``metrics.jsonl`` is told, they are told too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorakit.train.tracker_packages import check_installed
+
+Tell = Callable[[Mapping[str, Any], TrainingArguments, TrainerState, TrainerControl], None]
+
+
+def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
+    """The callbacks of transformers with these names. TensorBoard's files go to ``folder/tensorboard``.
+
+    Raises:
+        MissingDependencyError: A tracker is not installed.
+    """
+    check_installed(names)
+    if not names:
+        return []
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    made = []
+    for name, cls in zip(names, get_reporting_integration_callbacks(list(names)), strict=True):
+        callback = cls()
+        if name == "tensorboard" and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+            callback.logging_dir = str(folder / "tensorboard")
+        made.append(callback)
+    return made
+
+
+def telling(callbacks: Sequence[TrainerCallback], model: Any) -> Tell:
+    """A function that hands a line of metrics to the trackers, in transformers' names.
+
+    What is measured on the valid split, ``valid_loss``, is ``eval_loss`` there.
+    """
+
+    def tell(
+        line: Mapping[str, Any], args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        named = {
+            name.replace("valid_", "eval_", 1) if name.startswith("valid_") else name: value
+            for name, value in line.items()
+            if name != "step" and isinstance(value, (int, float))
+        }
+        for callback in callbacks:
+            callback.on_log(args, state, control, logs=dict(named), model=model)
+
+    return tell

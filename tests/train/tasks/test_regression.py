@@ -1,0 +1,84 @@
+"""A number for each text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.errors import DataError
+from lorakit.models import load_classifier
+from lorakit.train import Recipe, evaluate, train
+from lorakit.train.tasks.regression import OUTPUT
+from tests.tiny_encoder import KINDS
+from tests.train.test_trainer import StopAt, assert_equal
+
+MakeTask = Callable[..., Recipe]
+VALUE = {"animal": -1.5, "tree": 0.25, "colour": 2.0}
+ROWS = [
+    {"text": f"{'very ' * (i % 3)}{word}", "label": VALUE[kind]}
+    for kind, words in KINDS.items()
+    for i, word in enumerate(words)
+]
+
+
+@pytest.fixture
+def measure(make_task: MakeTask, encoder_folder: Path) -> MakeTask:
+    def make(output: str = "run", rows: Any = ROWS, **sections: Any) -> Recipe:
+        return make_task("regression", encoder_folder, rows, output, **sections)
+
+    return make
+
+
+def test_it_learns_and_peft_reads_adapter_and_head(measure: MakeTask) -> None:
+    peft = pytest.importorskip("peft")
+    recipe = measure(train={"max_steps": 120})
+    result = train(recipe)
+    assert result.losses[-1] < 0.05 * result.losses[0]
+    assert result.model.config.problem_type == "regression"
+    scores = evaluate(recipe, adapter=result.adapter).scores
+    assert scores["pearson"] > 0.95
+    assert scores["spearman"] > 0.8
+    assert scores["mean_squared_error"] < 0.1
+    assert scores["mean_squared_error"] == pytest.approx(result.valid_loss, rel=1e-4)
+    bare = load_classifier(recipe.model.name, OUTPUT, seed=9).model
+    theirs = peft.PeftModel.from_pretrained(bare, str(result.adapter))
+    batch = dict(result.tokenizer(["very cat", "red"], return_tensors="pt", padding=True))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**batch).logits, result.model(**batch).logits, rtol=1e-4, atol=1e-4)
+    # transformers' own loss of the model with labels is the same
+    labels = torch.tensor([[0.5], [1.0]])
+    with torch.no_grad():
+        loss = result.model(**batch, labels=labels).loss
+        assert loss.item() == pytest.approx(
+            (result.model(**batch).logits - labels).square().mean().item(), rel=1e-5
+        )
+
+
+def test_pairs_and_resuming(measure: MakeTask) -> None:
+    rows = [{"text": "cat", "second_text": row["text"], "label": str(row["label"])} for row in ROWS]
+    data = {"second_text": "second_text"}
+    settings = {"max_steps": 6, "save_every": 2}
+    whole = train(measure("whole", rows, data=data, train=settings))
+    train(measure("parts", rows, data=data, train=settings), progress=StopAt(3))
+    resumed = train(measure("parts", rows, data=data, train=settings), resume=True)
+    assert resumed.losses == whole.losses
+    assert_equal(resumed.adapter, whole.adapter)
+    assert {"classifier.weight", "classifier.bias"} <= set(lk.read(whole.adapter).spec.methods)
+
+
+@pytest.mark.parametrize("value", ["much", True, None, float("nan")])
+def test_labels_that_are_no_numbers(measure: MakeTask, value: Any) -> None:
+    rows = [*ROWS, {"text": "x", "label": value}]
+    with pytest.raises(DataError, match=r"run\.jsonl, line 10: 'label' must be a number"):
+        train(measure(rows=rows))
+
+
+def test_metrics_that_are_asked_for(measure: MakeTask) -> None:
+    recipe = measure(train={"max_steps": 1}, evaluate={"metrics": ["mean_absolute_error"]})
+    result = train(recipe)
+    assert list(evaluate(recipe, adapter=result.adapter).scores) == ["mean_absolute_error"]
