@@ -1,0 +1,1 @@
+"""The HTTP API: OpenAI's endpoints, adapters as models, vLLM's and LoRAX's ways to ask, health and metrics."""

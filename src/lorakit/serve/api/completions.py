@@ -1,0 +1,172 @@
+"""`POST /v1/completions`: prompts as they are, without a chat template; several in one request if wanted."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from lorakit.errors import InvalidRequestError
+from lorakit.serve.api.chat import number, usage
+from lorakit.serve.api.events import DONE, Followed, event, event_stream, unless_gone
+from lorakit.serve.api.record import RequestRecord
+from lorakit.serve.api.sampling import request_maker
+from lorakit.serve.api.schemas import MOST_CHOICES, CompletionRequest
+from lorakit.serve.api.service import Service
+from lorakit.serve.api.tokens import TokenTexts
+from lorakit.serve.requests import FinishEvent, TokenEvent
+
+router = APIRouter()
+
+OPENAI_MAX_TOKENS = 16
+"""What OpenAI takes where a request for completions names no number of tokens, and clients count on."""
+
+
+@router.post("/v1/completions")
+async def completions(request: Request, asked: CompletionRequest) -> Response:
+    """Go on from one or several prompts."""
+    service: Service = request.app.state.service
+    record: RequestRecord = request.scope["state"]["record"]
+    return await unless_gone(request, _answer(service, record, asked))
+
+
+async def _answer(service: Service, record: RequestRecord, asked: CompletionRequest) -> Response:
+    record.model = asked.model
+    wanted = service.wanted(asked.model, record.tenant)
+    given = asked.prompts
+    answers = asked.n or 1
+    if len(given) * answers > 8 * MOST_CHOICES:
+        raise InvalidRequestError(
+            f"{len(given)} prompts with {answers} answers each are too many for one request; up to "
+            f"{8 * MOST_CHOICES} answers are possible.",
+            param="n",
+        )
+    if service.options.log_prompts:
+        record.prompt = given
+    prompts = await service.encode(_encoded, service, given)
+    echoes = await service.encode(_echoed, service, given) if asked.echo else [""] * len(given)
+    makers = [
+        request_maker(
+            service,
+            asked,
+            prompt,
+            max_tokens=service.room(prompt, asked.max_tokens or OPENAI_MAX_TOKENS, "prompt"),
+            logprobs=asked.logprobs,
+            tenant=record.tenant.name,
+        )
+        for prompt in prompts
+    ]
+    async with service.leases(record, wanted, len(makers)) as leases:
+        followed = service.follow(record, service.submit(leases, makers), answers)
+    choices = [_Choice(echo) for echo in echoes for _ in range(answers)]
+    head = {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": asked.model,
+        "system_fingerprint": service.server.fingerprint(record.digest),
+    }
+    if asked.stream:
+        return await _stream(service, record, asked, head, choices, followed)
+    async for index, what in followed:
+        choices[index].add(what)
+    listed = [
+        _choice(service, asked, i, c, c.echo + "".join(c.texts), c.tokens) for i, c in enumerate(choices)
+    ]
+    return JSONResponse({**head, "choices": listed, "usage": usage(record)})
+
+
+def _encoded(service: Service, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    return [
+        prompt if isinstance(prompt, list) else list(service.server.tokenizer(prompt)["input_ids"])
+        for prompt in prompts
+    ]
+
+
+def _echoed(service: Service, prompts: Sequence[str | list[int]]) -> list[str]:
+    return [p if isinstance(p, str) else str(service.server.tokenizer.decode(p)) for p in prompts]
+
+
+@dataclass
+class _Choice:
+    echo: str
+    texts: list[str] = field(default_factory=list)
+    tokens: list[TokenEvent] = field(default_factory=list)
+    reason: str | None = None
+    written: int = 0  # characters of text so far, for the offsets of tokens in a stream
+
+    def add(self, what: TokenEvent | FinishEvent) -> None:
+        if isinstance(what, FinishEvent):
+            self.reason = what.reason
+        else:
+            self.texts.append(what.text)
+            self.tokens.append(what)
+
+
+def _choice(
+    service: Service,
+    asked: CompletionRequest,
+    index: int,
+    choice: _Choice,
+    text: str,
+    tokens: Sequence[TokenEvent],
+) -> dict[str, Any]:
+    logprobs = None
+    if asked.logprobs is not None and tokens:
+        logprobs = _logprobs(service.tokens, tokens, choice)
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
+
+
+async def _stream(
+    service: Service,
+    record: RequestRecord,
+    asked: CompletionRequest,
+    head: dict[str, Any],
+    choices: Sequence[_Choice],
+    followed: Followed,
+) -> Response:
+    def chunk(index: int, text: str, tokens: Sequence[TokenEvent] = ()) -> str:
+        body = {**head, "choices": [_choice(service, asked, index, choices[index], text, tokens)]}
+        if asked.usage_wanted:
+            body["usage"] = None
+        return event(json.dumps(body))
+
+    def say(index: int, what: TokenEvent | FinishEvent) -> Iterator[str]:
+        if isinstance(what, FinishEvent):
+            choices[index].reason = what.reason
+            yield chunk(index, "")
+        elif what.text or asked.logprobs is not None:
+            yield chunk(index, what.text, [what])
+
+    def closing() -> Iterator[str]:
+        if asked.usage_wanted:
+            yield event(json.dumps({**head, "choices": [], "usage": usage(record)}))
+        yield DONE
+
+    opening = [chunk(index, choice.echo) for index, choice in enumerate(choices) if choice.echo]
+    return await event_stream(record, followed, say, opening=opening, closing=closing)
+
+
+def _logprobs(texts: TokenTexts, tokens: Sequence[TokenEvent], choice: _Choice) -> dict[str, Any]:
+    """OpenAI's older form: parallel lists. Advances the choice's count of characters."""
+    names, offsets = [], []
+    for token in tokens:
+        one = texts.one(token.token_id)
+        names.append(one.key)
+        offsets.append(len(choice.echo) + choice.written)
+        choice.written += len(one.text)
+    return {
+        "tokens": names,
+        "token_logprobs": [number(token.logprob) for token in tokens],
+        "top_logprobs": [
+            {texts.one(top.token_id).key: number(top.logprob) for top in token.top_logprobs or ()}
+            for token in tokens
+        ],
+        "text_offset": offsets,
+    }

@@ -1,0 +1,111 @@
+"""An adapter as patches of the compiled step: factors, gains and shifts for each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakit.core.adapter import AdapterState
+from lorakit.core.method import LowRankMethod, Method, Tensors
+from lorakit.core.target import Shape
+from lorakit.errors import AdapterIncompatibleError
+from lorakit.methods.dora import DoRA
+from lorakit.ops import row_norms
+from lorakit.ops.native.decoder import Change, Patches
+from lorakit.serve.native_model import NativeModel
+
+_OTHER_WAY = "start the server with --runner transformers, which runs every method"
+
+
+@dataclass
+class Prepared:
+    """What an adapter changes.
+
+    Attributes:
+        patches: At the weights.
+        lookup: At the embedding; None when it leaves that alone.
+    """
+
+    patches: Patches
+    lookup: Change | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        lookup = self.lookup
+        more = () if lookup is None else (lookup.A, lookup.B, lookup.gain)
+        return self.patches.nbytes + sum(t.nbytes for t in more if t is not None)
+
+
+def prepare_patches(name: str, state: AdapterState, model: NativeModel, embedding: Tensor) -> Prepared:
+    """Turn an adapter into patches.
+
+    Args:
+        name: What it is called, for errors.
+        state: The adapter.
+        model: The base.
+        embedding: The weight of its embedding, ``(vocabulary, hidden)``.
+
+    Raises:
+        AdapterIncompatibleError: It changes something that patches cannot say.
+    """
+    state = state.plain()
+    weights = (*(weight for layer in model.layers for weight in layer.weights), model.head)
+    changes: list[list[Change | None]] = [[None] * len(weight.sizes) for weight in weights]
+    lookup: Change | None = None
+    for path, method in state.spec.methods.items():
+        p, shape = state.parameters(path), state.spec.shapes[path]
+        if path == model.lookup:
+            lookup = _change(name, path, method, shape, p, lambda: embedding.T)
+            continue
+        place = model.places.get(path)
+        if place is None:
+            raise AdapterIncompatibleError(
+                f"{name!r} adapts {path!r}, which the compiled engine does not change; {_OTHER_WAY}."
+            )
+        weight = weights[place.weight]
+        want = (weight.sizes[place.part], weight.in_)
+        if (shape.out, shape.in_) != want:
+            raise AdapterIncompatibleError(
+                f"{name!r} is for a layer {path!r} of size {shape.out} x {shape.in_}; this base has {want[0]} x "
+                f"{want[1]}."
+            )
+        changes[place.weight][place.part] = _change(
+            name, path, method, shape, p, lambda weight=weight, place=place: weight.part(place.part)
+        )
+    return Prepared(Patches(changes, weights), lookup)
+
+
+def add_to_lookup(x: Tensor, tokens: Tensor, change: Change) -> None:
+    """Change embedded ``tokens`` ``(rows, hidden)`` in place."""
+    if change.A is not None and change.B is not None:
+        x.addmm_(change.A[:, tokens].T, change.B.T)
+    if change.gain is not None:
+        x.mul_(change.gain)
+
+
+def _change(name: str, path: str, method: Method, shape: Shape, p: Tensors, base: object) -> Change:
+    inner = method.inner if isinstance(method, DoRA) else method
+    if not isinstance(inner, LowRankMethod) or shape.batch:
+        raise AdapterIncompatibleError(
+            f"{name!r} has {method.name} at {path!r}, which is no low-rank change of a plain layer; {_OTHER_WAY}."
+        )
+    A, B, scale = inner.factors(shape, p)
+    A, B = A.float(), B.float() * scale
+    shift = None if isinstance(method, DoRA) else inner.bias_delta(shape, p)  # type: ignore[arg-type]
+    if not isinstance(method, DoRA):
+        return Change(A, B, None, shift)
+    W = base()  # type: ignore[operator]
+    least = torch.finfo(torch.float32).tiny ** 0.5
+    return Change(A, B, p["magnitude"].float() / row_norms(W, A, B, least=least))
+
+
+def segments_of_last(starts_ends: Sequence[tuple[int, int]], last: Tensor) -> list[tuple[int, int]]:
+    """Which entries of the ascending ``last`` lie in each range of rows."""
+    ends = torch.tensor([end for _, end in starts_ends])
+    starts = torch.tensor([start for start, _ in starts_ends])
+    first, stop = torch.searchsorted(last, starts), torch.searchsorted(last, ends)
+    return list(zip(first.tolist(), stop.tolist(), strict=True))

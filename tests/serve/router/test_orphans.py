@@ -1,0 +1,54 @@
+"""Replicas end with their router, however it ends; and one that cannot start stops the whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cli.conftest import Lorakit
+from tests.serve.http_world import save_world, until
+from tests.serve.test_http import Program, stream
+
+pytestmark = pytest.mark.slow
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_replicas_do_not_outlive_a_killed_router(tmp_path: Path) -> None:
+    program = Program(save_world(tmp_path), "--replicas", 2, "--runner", "transformers")
+    state = httpx.get(f"{program.url}/v1/state", trust_env=False).json()
+    pids = [replica["pid"] for replica in state["replicas"]]
+    program.process.send_signal(signal.SIGKILL)
+    program.process.communicate()
+    until(lambda: all(gone(pid) for pid in pids), 30)
+
+
+def test_a_base_that_cannot_be_served(lorakit: Lorakit, tmp_path: Path) -> None:
+    outcome = lorakit("serve", tmp_path / "nope", "--port", 0, "--replicas", 2)
+    assert outcome.code == 2
+    assert "ended with code 2 before it took requests" in outcome.err
+
+
+def test_what_outlasts_the_grace_is_told_so(tmp_path: Path) -> None:
+    program = Program(save_world(tmp_path), "--replicas", 2, "--grace", 0.2, "-a", tmp_path / "adapters")
+    events: list[str] = []
+    begun = threading.Event()
+    reader = threading.Thread(target=stream, args=(program, 950, events, begun))
+    reader.start()
+    assert begun.wait(20)
+    program.process.send_signal(signal.SIGTERM)
+    reader.join(60)
+    assert json.loads(events[-1])["error"]["code"] == "shutting_down"
+    assert program.end()[0] == 0

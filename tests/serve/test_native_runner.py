@@ -1,0 +1,265 @@
+"""The compiled runner against the one that runs transformers' own layers: the same logits, whatever is in the batch."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import lorakit as lk
+from lorakit.errors import AdapterIncompatibleError, ModelError
+from lorakit.ops.native.decoder import Kernel, PackedWeight, kernel
+from lorakit.serve.native_runner import NativeRunner
+from lorakit.serve.runner import Piece, Segment, StepBatch
+from lorakit.serve.transformers_runner import TransformersRunner
+from lorakit.serve.versions import AdapterVersion
+
+pytestmark = pytest.mark.skipif(not isinstance(kernel(), Kernel), reason="the compiled step is not built")
+
+SIZES = {
+    "vocab_size": 515,  # not a multiple of a vector
+    "hidden_size": 72,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "head_dim": 16,
+}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama-bias": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 32})),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES)),
+}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = {
+    "all linear": (lk.LoRA(r=5, alpha=8), LINEAR),
+    "q and v, rsLoRA": (lk.LoRA(r=9, alpha=4, scaling="rslora"), ["q_proj", "v_proj"]),
+    "up only": (lk.LoRA(r=2), ["up_proj"]),
+    "with bias": (lk.LoRA(r=3, bias=True), ["k_proj", "down_proj"]),
+    "DoRA": (lk.DoRA(lk.LoRA(r=4)), LINEAR),
+    "VeRA": (lk.VeRA(r=16), ["q_proj", "gate_proj"]),
+    "AdaLoRA": (lk.AdaLoRA(init_r=4, target_r=2), ["o_proj", "down_proj"]),
+    "embedding and head": (lk.LoRA(r=3), ["embed_tokens", "lm_head", "v_proj"]),
+    "DoRA at both ends": (lk.DoRA(lk.LoRA(r=3)), ["embed_tokens", "lm_head"]),
+}
+
+
+def model_of(kind):
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    for name, p in model.named_parameters():
+        if p.dim() == 1:  # biases start at zero and norms at one: neither would be missed
+            p.data += 0.3 * torch.randn_like(p)
+        if name.endswith("weight") and p.dim() == 2:
+            p.data *= 4
+    return model
+
+
+def version_of(model, label, seed=0):
+    method, targets = ADAPTERS[label]
+    fresh = copy.deepcopy(model)
+    lk.attach(fresh, method, targets=targets, name="a", seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    for name, p in fresh.named_parameters():
+        if not p.requires_grad:
+            continue
+        scale = 0.02 if "magnitude" in name else 0.3
+        p.data += scale * torch.randn(p.shape, generator=draw)
+    state = lk.extract(fresh, "a")
+    return AdapterVersion(f"{label}-{seed}", state, label, 1, state.nbytes, 1, "made")
+
+
+def steps_of(runner, versions, seed=0):
+    """Three steps: a chunk each, single tokens, and a mix of both; None is the base."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = [int(n) for n in torch.randint(1, 40, (len(versions),), generator=draw)]
+    slabs = [runner.arena.reserve(160) for _ in versions]
+    past = [0] * len(versions)
+    for kind in ("chunks", "singles", "mixed", "mixed"):
+        counts = [
+            1 if kind == "singles" or (kind == "mixed" and i % 2) else length
+            for i, length in enumerate(lengths)
+        ]
+        tokens, positions, pieces, segments, start = [], [], [], [], 0
+        for i, n in enumerate(counts):
+            tokens.append(torch.randint(0, runner.vocabulary, (n,), generator=draw))
+            positions.append(torch.arange(past[i], past[i] + n))
+            pieces.append(Piece(start, start + n, past[i], slabs[i]))
+            if segments and segments[-1].version is versions[i]:
+                segments[-1] = segments[-1]._replace(end=start + n)
+            else:
+                segments.append(Segment(start, start + n, versions[i]))
+            past[i] += n
+            start += n
+        last = torch.tensor([piece.end - 1 for piece in pieces])
+        yield runner.step(StepBatch(torch.cat(tokens), torch.cat(positions), segments, pieces, last))
+    for slab in slabs:
+        slab.free()
+
+
+def same(model, versions, seed=0):
+    native = NativeRunner(copy.deepcopy(model), kv_tokens=8192, threads=2)
+    stock = TransformersRunner(copy.deepcopy(model), kv_tokens=8192)
+    for runner in (native, stock):
+        for version in {id(v): v for v in versions if v is not None}.values():
+            runner.prepare(version)
+    for found, want in zip(steps_of(native, versions, seed), steps_of(stock, versions, seed), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=2e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_base_and_two_adapters_of_every_kind_of_model(kind):
+    model = model_of(kind)
+    a, b = version_of(model, "all linear"), version_of(model, "q and v, rsLoRA", 1)
+    same(model, [None, a, a, b, None])
+
+
+@pytest.mark.parametrize("label", ADAPTERS)
+def test_every_kind_of_adapter_beside_the_base(label):
+    model = model_of("llama-bias")
+    same(model, [version_of(model, label), None, version_of(model, label, 1)])
+
+
+@pytest.mark.parametrize("label", ["embedding and head", "DoRA at both ends"])
+def test_adapters_of_a_scaled_embedding(label):
+    model = model_of("gemma")
+    same(model, [version_of(model, label), None])
+
+
+@pytest.mark.parametrize("requests", [1, 13, 40])
+def test_many_adapters_at_once(requests):
+    model = model_of("llama")
+    pool = [version_of(model, label, i) for i, label in enumerate(ADAPTERS)]
+    same(
+        model,
+        [[*pool, None][i % (len(pool) + 1)] for i in sorted(range(requests), key=lambda i: i % 10)],
+        requests,
+    )
+
+
+def test_an_adapter_changes_something():
+    model = model_of("llama")
+    runner = NativeRunner(copy.deepcopy(model), kv_tokens=4096, threads=1)
+    version = version_of(model, "all linear")
+    runner.prepare(version)
+    plain, changed = (list(steps_of(runner, [v])) for v in (None, version))
+    assert all(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(plain, changed, strict=True))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    model = model_of("llama")
+    version = version_of(model, "all linear")
+    outputs = []
+    for threads in (1, 2):
+        runner = NativeRunner(copy.deepcopy(model), kv_tokens=4096, threads=threads)
+        runner.prepare(version)
+        outputs.append(list(steps_of(runner, [None, version, None])))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_a_row_does_not_depend_on_who_is_beside_it():
+    model = model_of("llama")
+    version, other = version_of(model, "all linear"), version_of(model, "DoRA", 1)
+    runner = NativeRunner(copy.deepcopy(model), kv_tokens=8192, threads=2)
+    for v in (version, other):
+        runner.prepare(v)
+    slabs = [runner.arena.reserve(64) for _ in range(3)]
+    token = torch.tensor([7])
+    alone = runner.step(
+        StepBatch(token, token * 0, [Segment(0, 1, version)], [Piece(0, 1, 0, slabs[0])], token * 0)
+    )
+    segments = [Segment(0, 1, None), Segment(1, 2, version), Segment(2, 3, other)]
+    pieces = [Piece(i, i + 1, 0, slabs[i]) for i in range(3)]
+    tokens = torch.tensor([9, 7, 11])
+    beside = runner.step(StepBatch(tokens, tokens * 0, segments, pieces, torch.arange(3)))
+    torch.testing.assert_close(beside[1:2], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_in_which_no_prompt_ends_has_no_logits():
+    runner = NativeRunner(model_of("llama"), kv_tokens=4096, threads=1)
+    slab = runner.arena.reserve(64)
+    rows = torch.arange(5)
+    none = torch.empty(0, dtype=torch.int64)
+    assert runner.step(StepBatch(rows, rows, [Segment(0, 5, None)], [Piece(0, 5, 0, slab)], none)).shape == (
+        0,
+        515,
+    )
+
+
+def test_int8_is_near_and_runs_adapters():
+    model = model_of("qwen2")
+    version = version_of(model, "all linear")
+    exact = NativeRunner(copy.deepcopy(model), kv_tokens=4096)
+    rounded = NativeRunner(copy.deepcopy(model), kv_tokens=4096, storage="int8")
+    assert rounded.weight_bytes < 0.4 * exact.weight_bytes
+    for runner in (exact, rounded):
+        runner.prepare(version)
+    for found, want in zip(steps_of(rounded, [None, version]), steps_of(exact, [None, version]), strict=True):
+        assert float((found - want).norm() / want.norm()) < 0.1
+
+
+def test_int8_keeps_codes_of_groups_with_a_scale_each():
+    draw = torch.Generator().manual_seed(0)
+    W = torch.randn(37, 53, generator=draw)
+    packed = PackedWeight([(W, None)], kernel().width, "int8")
+    groups = torch.nn.functional.pad(W, (0, 11)).view(37, 2, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = ((groups / scale).round() * scale).view(37, 64)[:, :53]
+    torch.testing.assert_close(packed.part(0), rounded)
+
+
+def test_what_patches_cannot_say_is_refused_with_a_way_out():
+    model = model_of("llama")
+    fresh = copy.deepcopy(model)
+    lk.attach(fresh, lk.LoHa(r=2), targets=["q_proj"], name="a")
+    state = lk.extract(fresh, "a")
+    runner = NativeRunner(copy.deepcopy(model), kv_tokens=4096)
+    with pytest.raises(
+        AdapterIncompatibleError, match=r"loha at 'model.layers.0.self_attn.q_proj'.*--runner transformers"
+    ):
+        runner.prepare(AdapterVersion("d", state, "a", 1, state.nbytes, 2, "made"))
+    other = LlamaForCausalLM(LlamaConfig(**{**SIZES, "hidden_size": 48})).eval()
+    lk.attach(other, lk.LoRA(r=2), targets=["q_proj"], name="a")
+    state = lk.extract(other, "a")
+    with pytest.raises(AdapterIncompatibleError, match="64 x 48; this base has 64 x 72"):
+        runner.prepare(AdapterVersion("e", state, "a", 1, state.nbytes, 2, "made"))
+
+
+def test_other_models_are_refused_and_left_as_they_were():
+    gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=50)).eval()
+    with pytest.raises(ModelError, match="GPT2LMHeadModel is not of the kinds llama"):
+        NativeRunner(gpt)
+    odd = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval()
+    with pytest.raises(ModelError, match="sliding window of 8"):
+        NativeRunner(odd)
+    assert next(odd.parameters()).device.type == "cpu"
+    odd(input_ids=torch.tensor([[1, 2]]))
+
+
+def test_prepared_adapters_are_let_go_of():
+    model = model_of("llama")
+    version = version_of(model, "all linear")
+    runner = NativeRunner(model, kv_tokens=4096)
+    runner.prepare(version)
+    assert 0 < runner.prepared_bytes(version) <= 1.2 * version.bytes
+    runner.forget(version)
+    runner.forget(version)
+    assert runner.prepared_bytes(version) == 0
