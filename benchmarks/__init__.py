@@ -15,9 +15,11 @@ NAMES = (
     "embeddings",
     "combine",
     "convert",
+    "inspect",
+    "streaming_merge",
     "nf4",
     "qlora_memory",
 )
 
-STUDIES = ("plan_memory", "trec")
+STUDIES = ("serve_throughput", "train_throughput", "plan_memory", "trec")
 """Run by hand: they take minutes, and data or memory of their own."""

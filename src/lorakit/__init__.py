@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         DyLoRA,
         FullFineTuning,
         Houlsby,
+        InputDoRA,
         LoHa,
         LoKr,
         LoRA,
@@ -83,6 +84,7 @@ __all__ = [
     "FullFineTuning",
     "Houlsby",
     "IA3",
+    "InputDoRA",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -123,7 +125,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(["AdapterSpec", "AdapterState"], "lorakit.core"),
-    **dict.fromkeys(["BitFit", "DoRA", "FullFineTuning", "LoRA", "TokenRows"], "lorakit.methods"),
+    **dict.fromkeys(["BitFit", "DoRA", "FullFineTuning", "InputDoRA", "LoRA", "TokenRows"], "lorakit.methods"),
     **dict.fromkeys(["LoHa", "LoKr", "LoRAC", "VeRA"], "lorakit.methods"),
     **dict.fromkeys(["AdaLoRA", "DyLoRA", "IA3", "LoRAFA"], "lorakit.methods"),
     **dict.fromkeys(["Houlsby", "ParallelAdapter", "Pfeiffer"], "lorakit.methods"),

@@ -177,3 +177,38 @@ def test_an_extracted_adapter_makes_the_tuned_model_of_the_base(
     assert not torch.allclose(base(ids).logits, wanted, atol=1e-2)
     lk.load(base, tmp_path / "x")
     torch.testing.assert_close(base(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_is_taken_as_what_it_changes_in_the_base(lorakit: Lorakit, tmp_path: Path) -> None:
+    shapes = {PATH: linear(40, 30), "model.layers.0.v_proj": linear(20, 30)}
+    base = {f"{path}.weight": torch.randn(shape.out, shape.in_) for path, shape in shapes.items()}
+    (tmp_path / "base").mkdir()
+    save_file({**base, "model.norm.weight": torch.ones(30)}, tmp_path / "base" / "model.safetensors")
+    for n in (0, 1):
+        methods = dict.fromkeys(shapes, lk.DoRA(lk.LoRA(r=3, alpha=6)))
+        write(random_state(methods, shapes, seed=n, dtype=torch.float32), tmp_path / "ab"[n])
+    folders = tmp_path / "a", tmp_path / "b"
+    assert "--base" in lorakit("combine", *folders, "--rank", 3, "-o", tmp_path / "c").err
+    words = ("combine", *folders, "-w", 0.5, "-w", -2, "--base", tmp_path / "base", "--energy", 1)
+    made = lorakit(*words, "-o", tmp_path / "c")
+    assert made.code == 0, made.err
+    W = base[f"{PATH}.weight"].double()
+
+    def true_change(folder: Path) -> torch.Tensor:
+        p = {name: t.double() for name, t in lk.read(folder).tensors[PATH].items()}
+        V = W + 2.0 * p["lora_B"] @ p["lora_A"]
+        return p["magnitude"].unsqueeze(-1) * V / V.norm(dim=-1, keepdim=True) - W
+
+    a, b = (true_change(folder) for folder in folders)
+    torch.testing.assert_close(change(lk.read(tmp_path / "c"), PATH), 0.5 * a - 2 * b, rtol=1e-4, atol=1e-4)
+    assert "--base" in lorakit("diff", *folders).err
+    found = json.loads(lorakit("diff", *folders, "--base", tmp_path / "base", "--json").out)
+    cosine = float((a * b).sum() / (a.norm() * b.norm()))
+    assert found["targets"][PATH]["cosine"] == pytest.approx(cosine, abs=1e-6)
+    assert found["targets"][PATH]["distance"] == pytest.approx(float((a - b).norm()), rel=1e-6)
+    (tmp_path / "other").mkdir()
+    save_file({"x": torch.ones(2)}, tmp_path / "other" / "model.safetensors")
+    assert (
+        "holds no weight that the adapters change"
+        in lorakit("diff", *folders, "--base", tmp_path / "other").err
+    )

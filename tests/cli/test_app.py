@@ -56,7 +56,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     done = python("""
         import sys
         from lorakit.cli.app import run
-        for words in (["--help"], ["train", "--help"], ["inspect", "--help"]):
+        for words in (["--help"], ["merge", "--help"], ["inspect", "--help"]):
             run(words)
         heavy = {"torch", "transformers", "matplotlib", "safetensors"} & set(sys.modules)
         assert not heavy, heavy
@@ -80,7 +80,8 @@ def test_an_error_of_ours_is_one_message_and_the_traceback_on_demand(lorakit: Lo
         (["trian"], "Did you mean 'train'"),
         (["train", "--sett"], "--sett"),
         (["train"], "RECIPE"),
-        (["merge", "m"], "ADAPTERS"),
+        (["merge", "m"], "--out"),
+        (["merge", "m", "--out", "x"], "Name a base and an adapter"),
     ],
 )
 def test_mistakes_on_the_command_line(lorakit: Lorakit, words: list[str], message: str) -> None:

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 import typer
 
 from lorakit.cli import (
+    chat,
+    check,
     classify,
     combine,
     convert,
     demo,
     diff,
+    doctor,
+    estimate,
     evaluate,
+    export,
     extract,
     generate,
     inspect,
@@ -22,10 +27,16 @@ from lorakit.cli import (
     merge,
     models,
     plan,
+    preview,
     resize,
+    resume,
+    schema,
+    serve,
+    sign,
     train,
     version,
 )
+from lorakit.cli.recipe_options import RecipeCommand
 from lorakit.errors import LorakitError
 
 app = typer.Typer(
@@ -49,19 +60,30 @@ def _lorakit(
 
 
 app.command("demo")(demo.command)
-app.command("train")(train.command)
+app.command("train", cls=RecipeCommand)(train.command)
+app.command("resume")(resume.command)
+app.command("check", cls=RecipeCommand)(check.command)
+app.command("preview", cls=RecipeCommand)(preview.command)
+app.command("estimate", cls=RecipeCommand)(estimate.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("chat")(chat.command)
+app.command("serve")(serve.command)
 app.command("classify")(classify.command)
 app.command("merge")(merge.command)
+app.command("export")(export.command)
 app.command("inspect")(inspect.command)
 app.command("diff")(diff.command)
 app.command("combine")(combine.command)
 app.command("resize")(resize.command)
 app.command("extract")(extract.command)
 app.command("convert")(convert.command)
+app.command("sign")(sign.sign_command)
+app.command("verify")(sign.verify_command)
 app.command("plan")(plan.command)
 app.command("models")(models.command)
+app.command("doctor")(doctor.command)
+app.command("schema")(schema.command)
 app.add_typer(kernels.app, name="kernels")
 app.command("version")(version.command)
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.cli.base_option import HELP as BASE_HELP
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,6 +39,9 @@ def command(
     copies: Annotated[
         str, typer.Option("--copies", help="Trained copies (heads, token rows): refuse, average or drop.")
     ] = "refuse",
+    base: Annotated[
+        Path | None, typer.Option("--base", help=f"{BASE_HELP} Needs --rank or --energy.")
+    ] = None,
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Combine adapters that name different base models.")
     ] = False,
@@ -46,7 +51,8 @@ def command(
     """Make one adapter of several: the weighted sum of what they change, or another way. Needs no model.
 
     The sum is exact: factors are stacked and ranks add up. With --rank or --energy the result is the best there is at
-    that rank, and its error is printed. Ranks, scales and targets may differ between the adapters.
+    that rank, and its error is printed. Ranks, scales and targets may differ between the adapters. What DoRA and IA3
+    change depends on the base's weights: with --base they are read, one at a time.
 
     [bold]Ways[/bold] (--how)
 
@@ -64,8 +70,10 @@ def command(
         lorakit combine sql python --energy 0.99 --out smaller
         lorakit combine a b c --how ties --density 0.2 --rank 16 --out merged
         lorakit combine toxic -w -1 --out less-toxic
+        lorakit combine dora-a dora-b --base ./base --rank 32 --out both
     """
     from lorakit.adapters import combine
+    from lorakit.cli.base_option import base_weights
     from lorakit.cli.output import say_json, say_pairs
     from lorakit.io.adapter_directory import read, write
 
@@ -79,6 +87,7 @@ def command(
         density=density,
         seed=seed,
         dense=dense,
+        base=base_weights(base, states),
         copies=copies,
         any_base=any_base,
         dtype=dtype_called(dtype),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.cli.base_option import HELP as BASE_HELP
+
 if TYPE_CHECKING:
     from lorakit.adapters import Likeness
 
@@ -17,6 +19,7 @@ def command(
     dense: Annotated[
         bool, typer.Option("--dense", help="Form the changes of LoHa, LoKr and LoRA-C.")
     ] = False,
+    base: Annotated[Path | None, typer.Option("--base", help=BASE_HELP)] = None,
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Compare adapters that name different base models.")
     ] = False,
@@ -31,12 +34,15 @@ def command(
 
         lorakit diff runs/a/adapter runs/b/adapter
         lorakit diff sql sql-r4 --json
+        lorakit diff dora-a dora-b --base ./base
     """
     from lorakit.adapters import compare
+    from lorakit.cli.base_option import base_weights
     from lorakit.cli.output import say, say_json, say_table
     from lorakit.io.adapter_directory import read
 
-    found = compare(read(first), read(second), dense=dense, any_base=any_base)
+    pair = read(first), read(second)
+    found = compare(*pair, dense=dense, base=base_weights(base, pair), any_base=any_base)
     if as_json:
         say_json(
             {

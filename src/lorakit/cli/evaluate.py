@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from lorakit.train import EvalResult, Recipe
 
 
 def command(
@@ -44,45 +47,83 @@ def command(
 
     Which metrics: evaluate.metrics in the recipe; by default execution accuracy for SQL, BLEU and NIST where there are
     several references, the loss for conversations; for task: classification accuracy, macro F1 and loss, and a table of
-    the labels.
+    the labels; for every other task what its page in the documentation says. Of a recipe with several adapters each is
+    scored on its own data.
     """
-    from lorakit.cli.output import quiet_loading, say, say_json, say_pairs, say_table
+    from lorakit.cli.output import quiet_loading, say, say_json
     from lorakit.errors import ConfigError
     from lorakit.train import Recipe, evaluate, progress_for
 
     if base and adapter is not None:
         raise ConfigError("--base scores without an adapter: give --base or --adapter, not both.")
     read = Recipe.from_file(recipe, settings or [])
-    if adapter is None and not base:
-        adapter = read.output / "adapter"
-        if not adapter.is_dir():
-            raise ConfigError(
-                f"There is no adapter at {adapter}. Train it with `lorakit train {recipe}`, name one with "
-                "--adapter, or score the "
-                "base model with --base."
-            )
+    scored = _to_score(read, adapter, base, recipe)
     quiet_loading()
     progress = progress_for()
     try:
-        result = evaluate(read, adapter=adapter, split=split, limit=limit, progress=progress)
+        results = [
+            (where, evaluate(part, adapter=where, split=split, limit=limit, progress=progress))
+            for part, where in scored
+        ]
     finally:
         progress.close()
     if save is not None:
-        lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in result.answers)
+        lines = (
+            json.dumps(asdict(answer), ensure_ascii=False) + "\n"
+            for _, result in results
+            for answer in result.answers
+        )
         save.write_text("".join(lines), encoding="utf-8")
-    what = "the base model" if adapter is None else str(adapter)
     if as_json:
-        say_json(
+        told = [
             {
                 "model": read.model.name,
-                "adapter": None if adapter is None else str(adapter),
+                "adapter": None if where is None else str(where),
                 "split": split,
                 **result.plain(),
             }
-        )
+            for where, result in results
+        ]
+        say_json(told[0] if len(told) == 1 else told)
         return
+    for where, result in results:
+        what = "the base model" if where is None else str(where)
+        _tell(f"{read.model.name} with {what}", split, result)
+    if save is not None:
+        say(f"The answers are in {save}.")
+
+
+def _to_score(
+    read: Recipe, adapter: Path | None, base: bool, recipe: Path
+) -> list[tuple[Recipe, Path | None]]:
+    """What is scored: each part of a recipe with the folder of its adapter, or None for the base."""
+    from lorakit.errors import ConfigError
+
+    parts = read.parts()
+    if base:
+        return [(part, None) for part in parts]
+    own = {(part.output / "adapter").resolve(): part for part in parts}
+    if adapter is not None:
+        if len(parts) > 1 and adapter.resolve() not in own:
+            raise ConfigError(
+                f"The recipe has {len(parts)} adapters, each with its own data, and {adapter} is no folder of theirs: "
+                f"{', '.join(str(part.output / 'adapter') for part in parts)}."
+            )
+        return [(own.get(adapter.resolve(), parts[0]), adapter)]
+    for part in parts:
+        if not (part.output / "adapter").is_dir():
+            raise ConfigError(
+                f"There is no adapter at {part.output / 'adapter'}. Train it with `lorakit train {recipe}`, name one "
+                "with --adapter, or score the base model with --base."
+            )
+    return [(part, part.output / "adapter") for part in parts]
+
+
+def _tell(title: str, split: str, result: EvalResult) -> None:
+    from lorakit.cli.output import say_pairs, say_table
+
     say_pairs(
-        f"{read.model.name} with {what}, {result.count} examples of the {split} split, {result.seconds:.0f} s",
+        f"{title}, {result.count} examples of the {split} split, {result.seconds:.0f} s",
         [(name, f"{value:.4f}") for name, value in result.scores.items()],
     )
     if result.labels:
@@ -100,8 +141,6 @@ def command(
                 for s in result.labels
             ],
         )
-    if save is not None:
-        say(f"The answers are in {save}.")
 
 
 def _shares(*values: float) -> tuple[str, ...]:

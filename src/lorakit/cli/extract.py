@@ -56,14 +56,14 @@ def command(
         lorakit extract ./base ./tuned --energy 0.9 -t q_proj -t v_proj --out attention-only
         lorakit extract ./base ./tuned --rank 64 --fast --rest save --out everything
     """
-    from lorakit.adapters.checkpoints import CONV1D, from_checkpoints
+    from lorakit.adapters.checkpoints import CONV1D, CONV1D_MODELS, from_checkpoints
     from lorakit.cli.combine import dtype_called, fitted_json, fitted_pairs
     from lorakit.cli.output import say_json, say_pairs
     from lorakit.io.adapter_directory import write
     from lorakit.io.checkpoint import Checkpoint
 
     old, new = Checkpoint(base), Checkpoint(tuned)
-    gpt2 = {old.config.get("model_type"), new.config.get("model_type")} & _CONV1D_MODELS
+    gpt2 = {old.config.get("model_type"), new.config.get("model_type")} & CONV1D_MODELS
     found = from_checkpoints(
         old,
         new,
@@ -88,6 +88,3 @@ def command(
             ("NOT HELD", f"{len(worst)} more tensors differ (norm), such as {shown}: --rest save keeps them")
         )
     say_pairs(f"{tuned} minus {base}", pairs)
-
-
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -51,11 +51,13 @@ def command(
         lorakit generate smollm2 --adapter runs/e2e_nlg/adapter --file prompts.txt --json
         echo "Tell me a story." | lorakit generate ./my-model --temperature 0.8 --top-p 0.95
     """
-    from lorakit.cli.output import quiet_loading, say, say_json
+    from lorakit.cli.output import quiet_loading
     from lorakit.errors import ConfigError, DataError
     from lorakit.io.model_files import load
-    from lorakit.models import load_model, load_tokenizer, resolve
+    from lorakit.models import has_encoder_and_decoder, load_model, load_tokenizer, resolve
+    from lorakit.models.chat_template import adopt_template
     from lorakit.train import generate
+    from lorakit.train.generation import generate_from_sources
     from lorakit.train.recipe import GenerateSection
 
     if not 0 < top_p <= 1:
@@ -68,9 +70,17 @@ def command(
     )
     quiet_loading()
     resolved = resolve(model)
-    tokenizer, loaded = load_tokenizer(resolved), load_model(resolved, dtype=dtype)
+    writes_from_source = has_encoder_and_decoder(resolved)
+    kind: Literal["causal-lm", "seq2seq"] = "seq2seq" if writes_from_source else "causal-lm"
+    tokenizer, loaded = load_tokenizer(resolved), load_model(resolved, task=kind, dtype=dtype)
     if adapter is not None:
         load(loaded, adapter)
+        adopt_template(adapter, tokenizer)
+    if writes_from_source:
+        if system is not None:
+            raise ConfigError("--system is for chat models; this one reads one text and writes one.")
+        _say_answers(prompts, generate_from_sources(loaded, tokenizer, prompts, settings), as_json)
+        return
     before = [] if system is None else [{"role": "system", "content": system}]
     conversations = [[*before, {"role": "user", "content": text}] for text in prompts]
     if len(prompts) == 1 and sys.stdout.isatty() and not as_json:
@@ -79,7 +89,12 @@ def command(
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         generate(loaded, tokenizer, conversations, settings, streamer=streamer)
         return
-    answers = generate(loaded, tokenizer, conversations, settings)
+    _say_answers(prompts, generate(loaded, tokenizer, conversations, settings), as_json)
+
+
+def _say_answers(prompts: list[str], answers: list[str], as_json: bool) -> None:
+    from lorakit.cli.output import say, say_json
+
     if as_json:
         say_json([{"prompt": text, "answer": answer} for text, answer in zip(prompts, answers, strict=True)])
     else:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from lorakit.train import TrainResult
+
 
 def command(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="YAML file that says everything about the run.")],
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", "-s", metavar="KEY=VALUE", help="Replace a setting of the recipe; as often as needed."
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+            help="Replace a setting of the recipe; the same as --KEY VALUE. As often as needed.",
         ),
     ] = None,
     out: Annotated[
@@ -37,45 +44,77 @@ def command(
     [bold]Examples[/bold]
 
         lorakit train recipes/text_to_sql.yaml
-        lorakit train recipe.yaml --set train.lr=5e-4 --set adapter.r=16 --out runs/r16
-        lorakit train recipe.yaml --resume
+        lorakit train recipe.yaml --train.lr 5e-4 --adapter.r 16 --out runs/r16
+        lorakit train recipe.yaml --model.name ./base --adapter.method dora --train.max_steps 100
+        lorakit resume runs/r16
 
     Ctrl-C finishes the step in hand, saves a checkpoint and the adapter, and stops; --resume goes on from there
     as if nothing had happened. The output folder holds the adapter, run.json, metrics.jsonl and loss.png.
-    """
-    from lorakit.cli.output import quiet_loading, say_pairs
-    from lorakit.train import Recipe, progress_for, train
-    from lorakit.train.progress import clock
 
-    read = Recipe.from_file(recipe, settings or [])
+    Every key of the recipe is a flag too, listed below; a value is written as in YAML.
+    """
+    from lorakit.cli.output import quiet_loading
+    from lorakit.cli.recipe_options import overrides
+    from lorakit.train import Recipe, progress_for, train
+    from lorakit.train.distributed import is_main_process
+
+    read = Recipe.from_file(recipe, [*(settings or []), *overrides(context)])
     if out is not None:
         read.output = out
     quiet_loading()
-    progress = progress_for()
+    progress = progress_for() if is_main_process() else None
     try:
         result = train(read, resume=resume, overwrite=overwrite, progress=progress)
     finally:
-        progress.close()
+        if progress is not None:
+            progress.close()
+    one = f" --adapter {result.adapter}" if len(result.adapters) == 1 else ""
+    say_result(result, f"lorakit eval {recipe}{one}")
+
+
+def say_result(result: TrainResult, following: str) -> None:
+    """Tell how a run ended, and what to do next.
+
+    Args:
+        result: Of `lorakit.train.train`.
+        following: The command for a run that is finished.
+
+    Raises:
+        typer.Exit: It was stopped by Ctrl-C.
+    """
+    from lorakit.cli.output import say_pairs
+    from lorakit.train.distributed import is_main_process
+    from lorakit.train.progress import clock
+
+    if not is_main_process():
+        if result.stopped_by == "interrupt":
+            raise typer.Exit(130)
+        return
     pairs = [
         ("steps", f"{result.steps:,}"),
         ("loss", f"{result.losses[0]:.4f} at the first step, {result.losses[-1]:.4f} at the last"),
-        ("time", f"{clock(result.seconds)} ({result.tokens_per_second:,.0f} tokens a second)"),
-        (
-            "trained",
-            f"{result.report.trainable:,} parameters beside the base's {result.report.base_parameters:,}",
-        ),
-        ("adapter", str(result.adapter)),
     ]
     if result.valid_loss is not None:
-        pairs.insert(2, ("valid loss", f"{result.valid_loss:.4f}"))
+        pairs.append(("valid loss", f"{result.valid_loss:.4f}"))
+    pairs.append(("time", f"{clock(result.seconds)} ({result.tokens_per_second:,.0f} tokens a second)"))
+    for name, report in result.reports.items():
+        of = "" if len(result.reports) == 1 else f" of {name}"
+        trained = f"{report.trainable:,} parameters beside the base's {report.base_parameters:,}"
+        pairs += [(f"trained{of}", trained), (f"adapter{of}", str(result.adapters[name]))]
+    if result.best is not None:
+        metric, value, step = (result.best[key] for key in ("metric", "value", "step"))
+        pairs.append(("best", f"{metric} {value:.4f} at step {step}, in {result.adapter.with_name('best')}"))
     if result.plot is not None:
         pairs.append(("loss curve", str(result.plot)))
+    go_on = f"lorakit resume {result.folder}"
     if result.stopped_by == "interrupt":
-        pairs.append(("stopped", f"by Ctrl-C; go on with: lorakit train {recipe} --resume"))
+        pairs.append(("stopped", f"by Ctrl-C; go on with: {go_on}"))
     elif result.stopped_by == "max_seconds":
-        pairs.append(("stopped", "by train.max_seconds; raise it and go on with --resume"))
-    else:
-        pairs.append(("next", f"lorakit eval {recipe} --adapter {result.adapter}"))
+        pairs.append(("stopped", f"by train.max_seconds; go on with: {go_on} --set train.max_seconds=..."))
+    elif result.stopped_by == "patience":
+        pairs.append(("stopped", "by train.patience: nothing became better"))
+    if result.stopped_by in (None, "patience"):
+        pairs.append(("next", following))
     say_pairs("Trained", pairs)
     if result.stopped_by == "interrupt":
         raise typer.Exit(130)

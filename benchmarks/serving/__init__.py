@@ -1,0 +1,1 @@
+"""Loads and engines of the serving benchmarks: the same requests, in the same order, for everybody."""

@@ -1,0 +1,128 @@
+"""What is asked of an engine: random prompts, lengths, adapters, arrivals; and what is told of the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Popularity = Literal["uniform", "power", "distinct", "skewed", "identical"]
+PROMPT, ANSWER, TOKENS = (8, 128), (8, 64), (100, 49_000)
+
+
+@dataclass
+class Asked:
+    """One request; times are seconds of `time.perf_counter`.
+
+    Attributes:
+        prompt: Random tokens.
+        tokens: How many it wants; the end-of-text token is ignored.
+        adapter: Its number; None is the base.
+        arrival: Seconds after the start, where requests come by themselves.
+        submitted: When it was sent.
+        first: When its first token came.
+        done: When its last token came.
+        answer: Its tokens.
+    """
+
+    prompt: list[int]
+    tokens: int
+    adapter: int | None
+    arrival: float = 0.0
+    submitted: float = 0.0
+    first: float | None = None
+    done: float | None = None
+    answer: list[int] = field(default_factory=list)
+
+    def came(self, token: int, now: float) -> bool:
+        """Note a token; True with the last one."""
+        if self.first is None:
+            self.first = now
+        self.answer.append(int(token))
+        if len(self.answer) == self.tokens:
+            self.done = now
+        return self.done is not None
+
+
+def make_load(
+    adapters: int,
+    popularity: Popularity = "uniform",
+    requests: int = 64,
+    *,
+    seed: int = 42,
+    alpha: float = 0.3,
+    rate: float | None = None,
+    cv: float = 1.0,
+    vocabulary: int | None = None,
+) -> list[Asked]:
+    """Requests; prompts and lengths depend on the seed alone, so that loads differ in nothing but their adapters.
+
+    Args:
+        adapters: How many there are; 0 asks the base.
+        popularity: ``uniform``; ``power``: S-LoRA's, number ``x ** (1 / alpha) * n``; Punica's ``distinct`` (each its
+            own), ``skewed`` (each half as many again as the next) and ``identical``.
+        requests: How many.
+        seed: Of everything.
+        alpha: Of ``power``.
+        rate: Requests a second, in Gamma-distributed steps; None: the next is sent when one has ended.
+        cv: Their coefficient of variation.
+        vocabulary: Tokens are below it.
+    """
+    lengths, numbers, times = (random.Random(seed + i) for i in range(3))
+    most = TOKENS[1] if vocabulary is None else min(TOKENS[1], vocabulary)
+    made, at = [], 0.0
+    for i in range(requests):
+        prompt_length, answer_length = lengths.randrange(*PROMPT), lengths.randrange(*ANSWER)
+        prompt = [lengths.randrange(TOKENS[0], most) for _ in range(prompt_length)]
+        if rate is not None:
+            at += times.gammavariate(1 / cv**2, cv**2 / rate)
+        which = None if adapters == 0 else _number(popularity, adapters, i, requests, numbers, alpha)
+        made.append(Asked(prompt, answer_length, which, at))
+    return made
+
+
+def _number(
+    popularity: Popularity, adapters: int, i: int, requests: int, draw: random.Random, alpha: float
+) -> int:
+    if popularity == "uniform":
+        return draw.randrange(adapters)
+    if popularity == "power":
+        return min(adapters - 1, int(draw.random() ** (1 / alpha) * adapters))
+    if popularity == "distinct":
+        return i % adapters
+    if popularity == "identical":
+        return 0
+    weights = [1.5**-k for k in range(adapters)]
+    return draw.choices(range(adapters), weights)[0]
+
+
+def facts(asked: Sequence[Asked], began: float) -> dict[str, Any]:
+    """What one run was like: tokens a second, seconds to the first token and per token, all requests answered."""
+    missing = sum(one.done is None for one in asked)
+    if missing:
+        raise RuntimeError(f"{missing} of {len(asked)} requests were not answered")
+    wall = max(one.done for one in asked if one.done is not None) - began
+    waits = sorted(one.first - one.submitted for one in asked if one.first is not None)
+    paces = sorted((one.done - one.first) / (one.tokens - 1) for one in asked if one.tokens > 1)  # type: ignore[operator]
+    answers = json.dumps([one.answer for one in asked])
+    return {
+        "requests": len(asked),
+        "adapters_used": len({one.adapter for one in asked if one.adapter is not None}),
+        "prompt_tokens": sum(len(one.prompt) for one in asked),
+        "tokens": sum(one.tokens for one in asked),
+        "seconds": wall,
+        "tokens_per_second": sum(one.tokens for one in asked) / wall,
+        "requests_per_second": len(asked) / wall,
+        "first_token_p50": _share(waits, 0.5),
+        "first_token_p99": _share(waits, 0.99),
+        "per_token_p50": _share(paces, 0.5),
+        "within_six_seconds": sum(wait < 6 for wait in waits) / len(waits),
+        "answers": hashlib.sha256(answers.encode()).hexdigest()[:16],
+    }
+
+
+def _share(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
