@@ -286,6 +286,19 @@ def test_pin_unload_and_load(world: World, page: Page) -> None:
     assert entry(world, name)["digest"]
 
 
+def test_pin_what_a_request_has_had_read_meanwhile(world: World, page: Page) -> None:
+    shutil.copytree(world.adapters / "sql", world.adapters / "meanwhile")
+    page.click("#refresh")
+    page.until(f'document.querySelector("{row("meanwhile")}")')
+    world.ask("meanwhile")
+    page.click(f"{row('meanwhile')} [aria-label='Pin meanwhile']")
+    page.until("document.getElementById('adapters-note').textContent === 'meanwhile is pinned.'")
+    assert entry(world, "meanwhile")["pinned"] is True
+    page.click(f"{row('meanwhile')} [aria-label='Unload meanwhile']")
+    page.until(f'!document.querySelector("{row("meanwhile")}")')
+    shutil.rmtree(world.adapters / "meanwhile")
+
+
 def test_load_by_name_and_path(world: World, page: Page) -> None:
     page.click("#load-adapter summary")
     page.write("#load-name", "second")

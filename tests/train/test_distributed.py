@@ -16,7 +16,7 @@ import torch
 
 import lorakit as lk
 from lorakit.errors import ConfigError
-from lorakit.train import Recipe, TrainResult, read_metrics, train
+from lorakit.train import Recipe, Silent, TrainResult, read_metrics, train
 from lorakit.train.batches import shared_out
 from lorakit.train.distributed import join
 from lorakit.train.run_files import checkpoints
@@ -54,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "several": {"adapters": True},
     "dpo": {"task": "dpo"},
+    "quantized": {"quantize": "nf4"},
 }  # fmt: skip
 SHARDED = ("packed", "adalora", "dora", "vera", "head", "several")
 DROPOUT = {"adapter": {"r": 4, "dropout": 0.3}, "train": {"max_steps": 7, "save_every": 2}}
@@ -84,10 +85,13 @@ class Plans:
             "data": data,
             "output": str(self.folder / output),
             **changes,
+            "quantize": None,
             "train": {
                 "max_steps": 6, "batch_rows": 4, "lr": 1e-2, "log_every": 1, **changes.get("train", {})
             },
         }  # fmt: skip
+        if "quantize" in changes:
+            plan["model"] = {"name": self.model, "quantize": changes["quantize"]}
         if plan.pop("adapters", False):
             del plan["adapter"], plan["data"]
             plan["adapters"] = [
@@ -164,8 +168,22 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Pairs:
         add(f"revived-{rank}", DROPOUT, output=f"killed-{rank}", resume=True)
     add("infinite", {"train": {"lr": 1e30, "max_grad_norm": 0, "warmup": 0}})
     add("joint", {"task": "embedding", "train": {"accumulation": 3}})
-    add("quantized", {"model": {"name": plans.model, "quantize": "nf4"}}, environment=FSDP)
+    add("quantized-sharded", RUNS["quantized"], environment=FSDP)
+    kept = {"FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+    add("kept", RUNS["packed"], environment={**FSDP, **kept})
+    odd = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}
+    add("odd", RUNS["packed"], environment={**FSDP, **odd})
     return run_pairs(folder, plans, jobs)
+
+
+class Told(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
 
 
 def one_process(pairs: Pairs, name: str) -> TrainResult:
@@ -221,9 +239,11 @@ def test_only_the_main_process_writes_and_tells(pairs: Pairs) -> None:
 @pytest.mark.slow
 def test_the_base_is_cut_up_and_the_adapter_is_not(pairs: Pairs) -> None:
     for name in SHARDED:
-        for record in pairs.of(f"{name}-sharded"):
+        records = pairs.of(f"{name}-sharded")
+        assert sum(record["base_parts"] for record in records) == 35_168
+        for record in records:
             assert record["base_whole"] == 35_168
-            assert record["base_parts"] == 35_168 / 2
+            assert record["base_parts"] == pytest.approx(35_168 / 2, rel=0.01)  # 259 rows of embeddings
             assert record["trained_parts"] == 0
     for record in pairs.of("packed"):
         assert record["base_whole"] == 0
@@ -236,11 +256,14 @@ def test_resuming_in_another_number_of_processes(pairs: Pairs) -> None:
     main, other = pairs.of("stopped")
     assert main["stopped_by"] == other["stopped_by"] == "interrupt"
     assert checkpoints(pairs.folder / "stopped")[-1].name == "checkpoint-5"
-    alone = train(Recipe.from_mapping(pairs.plans("stopped", RUNS["packed"])), resume=True)
+    told = Told()
+    alone = train(Recipe.from_mapping(pairs.plans("stopped", RUNS["packed"])), resume=True, progress=told)
     assert list(alone.losses) == pytest.approx(one.losses, rel=1e-5)
+    assert any("processes were 2, are 1" in line for line in told.lines)
     for name, tensor in tensors(one.adapter).items():
         torch.testing.assert_close(tensors(alone.adapter)[name], tensor, rtol=1e-3, atol=3e-5)
     assert_learnt_the_same(pairs.of("begun")[0], pairs.folder / "begun", one)
+    assert_learnt_the_same(pairs.of("kept")[0], pairs.folder / "kept", one)
 
 
 @needs_fork
@@ -285,17 +308,35 @@ def test_what_is_refused(pairs: Pairs) -> None:
     for record in pairs.of("joint"):
         assert record["error"] == "ConfigError"
         assert "set train.accumulation to a multiple of 2" in record["message"]
-    for record in pairs.of("quantized"):
+    for record in pairs.of("quantized-sharded"):
         assert record["error"] == "ConfigError"
         assert "cannot cut up a quantised base" in record["message"]
-    assert not (pairs.folder / "quantized").exists()
+    for record in pairs.of("odd"):
+        assert record["error"] == "ConfigError"
+        assert "has no layers called BertLayer" in record["message"]
+    assert not (pairs.folder / "quantized-sharded").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "does not train under DeepSpeed"),
-        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "RANK": "0",
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_OFFLOAD_PARAMS": "true",
+            },
+            "fsdp_offload_params: false",
+        ),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun has started several processes"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
+            "fsdp_version: 2",
+        ),
     ],
 )
 def test_launchers_that_are_refused(

@@ -12,8 +12,25 @@ import signal
 import socket
 import sys
 import traceback
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+IMPORTED = (
+    "accelerate",
+    "matplotlib.figure",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "transformers.models.llama.modeling_llama",
+    "lorakit.models.load",
+    "lorakit.train.loop",
+    "lorakit.train.reporting",
+    "lorakit.train.trackers",
+    "lorakit.train.tasks.causal_lm",
+    "lorakit.train.tasks.preference",
+    "lorakit.train.tasks.several",
+)
 
 
 def work(job: dict[str, Any], rank: int, record: Path) -> None:
@@ -126,14 +143,9 @@ def pair(job: dict[str, Any], folder: Path) -> list[int]:
 
 def main(jobs: Path) -> None:
     """Run all jobs, in their order."""
-    import transformers.integrations.sdpa_attention  # noqa: F401 - before the processes part
-    from transformers import LlamaForCausalLM, Trainer  # noqa: F401
-
-    import lorakit.models.load
-    import lorakit.train.loop
-    import lorakit.train.reporting
-    import lorakit.train.trackers  # noqa: F401
-
+    for name in IMPORTED:  # before the processes part
+        if find_spec(name.partition(".")[0]):
+            import_module(name)
     ended = {job["name"]: pair(job, jobs.parent) for job in json.loads(jobs.read_text(encoding="utf-8"))}
     (jobs.parent / "ended.json").write_text(json.dumps(ended), encoding="utf-8")
 

@@ -111,7 +111,8 @@ def read_model(model: PreTrainedModel, kernel: Kernel, storage: Storage) -> Nati
         input_norm, post_norm = norms
         assert input_norm is not None
         assert post_norm is not None
-        layers.append(DecoderLayer(*weights, input_norm, post_norm, *heads))
+        qkv, out, gate_up, down = weights
+        layers.append(DecoderLayer(qkv, out, gate_up, down, input_norm, post_norm, *heads))
         _check_parts(layer, path, places)
     first, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     head_dim = first.head_dim

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _FSDP = "ACCELERATE_USE_FSDP"
 _OURS = "LORAKIT_USE_FSDP"
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 
 
@@ -43,7 +44,6 @@ class World:
         shards: Whether the base is cut up among them.
         layers: Names of the classes that are cut up each by itself; empty for what transformers names.
         reshards: Whether a layer is given back after its forward pass, to be put together again in backward.
-        offloads: Whether the parts wait in the CPU's memory.
     """
 
     size: int = 1
@@ -52,7 +52,6 @@ class World:
     shards: bool = False
     layers: tuple[str, ...] = ()
     reshards: bool = True
-    offloads: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -155,6 +154,17 @@ def join(model: nn.Module | None = None) -> World:
             "well: accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m lorakit train ..."
         )
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, but RANK is not set, so this process does not know which one it is. Start it with "
+            "accelerate launch or torchrun, or unset WORLD_SIZE to train in one process."
+        )
+    by_mpi = [name for name in _MPI if int(os.environ.get(name, "1")) > 1]
+    if by_mpi and size == 1:
+        raise ConfigError(
+            f"{by_mpi[0]} says that mpirun has started several processes, which would each train by themselves into "
+            "the same folder. Start them with accelerate launch or torchrun."
+        )
     if size == 1:
         return World()
     sharding = _sharding()
@@ -193,12 +203,16 @@ def _sharding() -> dict[str, Any]:
             "The launcher is set up for FSDP 1, which flattens frozen and trained parameters into one tensor. Set "
             "fsdp_version: 2 in the config file of accelerate (see recipes/accelerate/fsdp2.yaml)."
         )
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise ConfigError(
+            "lorakit does not keep the base's parts in the CPU's memory: set fsdp_offload_params: false in the config "
+            "file of accelerate, or quantise the base (model.quantize) and train without FSDP."
+        )
     layers = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
     return {
         "shards": True,
         "layers": tuple(name.strip() for name in layers.split(",") if name.strip()),
         "reshards": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "no_shard"),
-        "offloads": os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
     }
 
 
@@ -227,7 +241,7 @@ def shard(model: PreTrainedModel, world: World) -> str:
         ConfigError: The base is quantised, or has no layers of the given names.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     check_shardable(model)
     layers = _layers(model, world)
@@ -240,14 +254,12 @@ def shard(model: PreTrainedModel, world: World) -> str:
         if parameter is not None
     }
     mesh = init_device_mesh(world.device.type, (world.size,))
-    offload = CPUOffloadPolicy() if world.offloads else OffloadPolicy()
     before = sum(p.numel() * p.element_size() for p in model.parameters() if p not in whole)
     for module in (*layers, model):
         fully_shard(
             module,
             mesh=mesh,
             reshard_after_forward=world.reshards and module is not model,
-            offload_policy=offload,
             ignored_params=whole,
         )
     each = before / world.size / 1e6

@@ -213,9 +213,13 @@ def train(
     done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if checkpoint is not None:
         progress.say(f"resuming after step {done} of {steps}")
-        changed = what_changed(read_run(folder) or {})
+        before = read_run(folder) or {}
+        changed = what_changed(before)
+        if (processes := before.get("processes", 1)) != world.size:
+            changed.append(f"processes were {processes}, are {world.size}")
         if changed:
-            progress.say(f"the last digits may differ from those of an uninterrupted run: {'; '.join(changed)}")
+            told = "; ".join(changed)
+            progress.say(f"the last digits may differ from those of an uninterrupted run: {told}")
     record = {**run_record(recipe, rows, data_hash, steps, list(reports.values())), "info": dict(task.info())}
     record["processes"] = world.size
     if world.is_main:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cli.conftest import Lorakit
+from lorakit.cli.app import run
 from tests.serve.http_world import save_world, until
 from tests.serve.test_http import Program, stream
 
@@ -35,10 +35,11 @@ def test_replicas_do_not_outlive_a_killed_router(tmp_path: Path) -> None:
     until(lambda: all(gone(pid) for pid in pids), 30)
 
 
-def test_a_base_that_cannot_be_served(lorakit: Lorakit, tmp_path: Path) -> None:
-    outcome = lorakit("serve", tmp_path / "nope", "--port", 0, "--replicas", 2)
-    assert outcome.code == 2
-    assert "ended with code 2 before it took requests" in outcome.err
+def test_a_base_that_cannot_be_served(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(["serve", str(tmp_path / "nope"), "--port", "0", "--replicas", "2"]) == 2
+    told = capfd.readouterr().err
+    assert "ended with code 2 before it took requests" in told
+    assert "no base model" in told, "the replica says why"
 
 
 def test_what_outlasts_the_grace_is_told_so(tmp_path: Path) -> None:

@@ -96,8 +96,11 @@ export function startAdapters({ refused, changed }) {
     }
   }
 
+  // A request may have had an adapter read since the list was.
+  const now = (entry) => call("GET", adapterPath(entry.id));
+
   async function setPinned(entry) {
-    if (entry.digest === null) {
+    if ((await now(entry)).digest === null) {
       await post(entry.id, { pinned: true });
     } else {
       await call("POST", adapterPath(entry.id, "/pin"), { pinned: !entry.pinned });
@@ -106,8 +109,9 @@ export function startAdapters({ refused, changed }) {
   }
 
   async function read(entry) {
-    const loaded = await post(entry.id, { if_exists: entry.digest === null ? "error" : "replace" });
-    return `${loaded.id} is loaded.`;
+    const { tier, digest } = await now(entry);
+    if (tier === "disk") await post(entry.id, { if_exists: digest === null ? "error" : "replace" });
+    return `${entry.id} is loaded.`;
   }
 
   async function unload(entry) {

@@ -1,11 +1,11 @@
 // What the server is doing right now, asked once a second while somebody looks.
 
-import { call } from "./api.js";
+import { ApiError, call } from "./api.js";
 import { byId, counted, make, note, say } from "./dom.js";
 
 const EVERY = 1000; // milliseconds
 const SECONDS = 60; // in the picture
-const MOST_ROWS = 8;
+const MOST_ROWS = 4;
 
 export function startLoad({ refused, reached, storeChanged }) {
   const rates = new Array(SECONDS).fill(0);
@@ -21,6 +21,7 @@ export function startLoad({ refused, reached, storeChanged }) {
       try {
         const state = await call("GET", "v1/state");
         if (mine !== run) return;
+        if (!state.engine) throw new ApiError("No replica takes requests at this moment.");
         document.body.classList.remove("visitor");
         show(state);
       } catch (error) {
@@ -99,14 +100,15 @@ function mix(running, waiting) {
   const rows = names.map((name) => [name, running[name] ?? 0, waiting[name] ?? 0]);
   rows.sort((a, b) => b[1] + b[2] - (a[1] + a[2]) || a[0].localeCompare(b[0]));
   const most = Math.max(1, ...rows.map((row) => row[1] + row[2]));
-  const shown = rows.slice(0, MOST_ROWS).map(([name, runs, waits]) => {
+  const room = rows.length > MOST_ROWS ? MOST_ROWS - 1 : MOST_ROWS; // the last line tells how many more there are
+  const shown = rows.slice(0, room).map(([name, runs, waits]) => {
     const bar = make("span", { class: "bar", "aria-hidden": "true" }, make("i", { class: "runs" }), make("i", { class: "waits" }));
     bar.children[0].style.width = `${(100 * runs) / most}%`;
     bar.children[1].style.width = `${(100 * waits) / most}%`;
     const told = waits ? `${runs} + ${waits} waiting` : String(runs);
     return make("li", {}, make("span", { class: "name", title: name }, name), bar, make("span", { class: "soft small" }, told));
   });
-  if (rows.length > MOST_ROWS) shown.push(make("li", { class: "soft" }, `and ${counted(rows.length - MOST_ROWS, "more", "more")}`));
+  if (rows.length > room) shown.push(make("li", { class: "soft" }, `and ${rows.length - room} more`));
   if (!rows.length) shown.push(make("li", { class: "soft" }, "nothing"));
   byId("mix").replaceChildren(...shown);
 }
