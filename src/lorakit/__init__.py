@@ -125,7 +125,9 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(["AdapterSpec", "AdapterState"], "lorakit.core"),
-    **dict.fromkeys(["BitFit", "DoRA", "FullFineTuning", "InputDoRA", "LoRA", "TokenRows"], "lorakit.methods"),
+    **dict.fromkeys(
+        ["BitFit", "DoRA", "FullFineTuning", "InputDoRA", "LoRA", "TokenRows"], "lorakit.methods"
+    ),
     **dict.fromkeys(["LoHa", "LoKr", "LoRAC", "VeRA"], "lorakit.methods"),
     **dict.fromkeys(["AdaLoRA", "DyLoRA", "IA3", "LoRAFA"], "lorakit.methods"),
     **dict.fromkeys(["Houlsby", "ParallelAdapter", "Pfeiffer"], "lorakit.methods"),

@@ -169,9 +169,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(recipe: MakeRecipe
 
     def without_time(folder: Path) -> list[dict[str, Any]]:
         lines = read_metrics(folder / "metrics.jsonl")
-        return [
-            {k: v for k, v in line.items() if "second" not in k and k != "peak_memory"} for line in lines
-        ]
+        return [{k: v for k, v in line.items() if "second" not in k and k != "peak_memory"} for line in lines]
 
     assert without_time(resumed.folder) == without_time(whole.folder)
     assert (resumed.tokens, resumed.learnt_tokens) == (whole.tokens, whole.learnt_tokens)
@@ -283,11 +281,13 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_adapter(recip
 
 
 def test_activation_checkpointing_leaves_nothing_behind(recipe: MakeRecipe) -> None:
-    """By itself transformers makes the inputs require a gradient, so that backward would go on below the lowest adapter."""
+    """Transformers makes the inputs require a gradient, so backward would go on below the lowest adapter."""
     from lorakit.models import load_model
 
     made = recipe(
-        max_steps=1, activation_checkpointing=True, sections={"adapter": {"r": 2, "targets": r".*layers\.1\..*proj"}}
+        max_steps=1,
+        activation_checkpointing=True,
+        sections={"adapter": {"r": 2, "targets": r".*layers\.1\..*proj"}},
     )
     model = load_model(made.model.name)
     seen: list[bool] = []

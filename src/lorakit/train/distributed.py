@@ -225,6 +225,7 @@ def without_wrapper(trainer: Any) -> None:
         return prepared
 
     trainer.accelerator.prepare_model = as_it_is
+    trainer.args._n_gpu = min(trainer.args.n_gpu, 1)  # one process with several GPUs would get torch's DataParallel
 
 
 def shard(model: PreTrainedModel, world: World) -> str:
