@@ -24,6 +24,7 @@ from benchmarks.harness import LORAKIT, Aim, Benchmark, number, start
 MODEL, TOGETHER, REQUESTS = "smollm2", 16, 64
 RANKS = (8, 16, 32, 64)
 COUNTS = (0, 1, 20, 100)
+POPULARITIES = ("uniform", "power", "skewed", "distinct")
 MANY = 1000
 HERE = Path(__file__).resolve().parent.parent
 PURE, INT8 = "lorakit, transformers' layers", "lorakit int8"
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
     parser.add_argument("--only", nargs="+", choices=SIDES)
     parser.add_argument("--counts", nargs="+", type=int, default=[*COUNTS, MANY])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--popularities", nargs="+", default=list(POPULARITIES), choices=POPULARITIES)
     parser.add_argument("--work", type=Path, help="where adapters are made, and kept")
     ours, rest = parser.parse_known_args(argv)
     bench = start("serve_throughput", __doc__ or "", rest)
@@ -63,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
         found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
         for _ in range(bench.rounds(ours.rounds)):
             for side in sides:
+                kinds = ours.popularities if side in (LORAKIT, INT8) else ["uniform"]
                 mine = [n for n in counts if n in SIDES[side]]
-                for row in _in_a_process(side, mine, work, bench, others.get(side)):
+                for row in _in_a_process(side, mine, kinds, work, bench, others.get(side)):
                     found[side, row["popularity"]][row["adapters"]].append(row)
                     print(
                         f"{side:38s} {row['adapters']:5d} {row['popularity']:9s} {row['tokens_per_second']:7.1f} "
@@ -117,7 +120,7 @@ def _note(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _in_a_process(
-    side: str, counts: Sequence[int], work: Path, bench: Benchmark, python: str | None
+    side: str, counts: Sequence[int], kinds: Sequence[str], work: Path, bench: Benchmark, python: str | None
 ) -> list[dict[str, Any]]:
     """Rows of one side. Those that hold all adapters at once load as many as they are asked for, and no more."""
     rows: list[dict[str, Any]] = []
@@ -125,6 +128,7 @@ def _in_a_process(
     for group in groups:
         plan = {
             "side": side, "counts": group, "work": str(work), "threads": bench.threads, "python": python,
+            "popularities": list(kinds),
             "requests": 6 if bench.quick else REQUESTS,
         }  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.serve_throughput", "--child", json.dumps(plan)]
@@ -147,9 +151,7 @@ def child(plan: dict[str, Any]) -> None:
         adapters = work / ("many" if n > max(COUNTS) else "mixed") if n else None
         engine = _engine(side, model, adapters, n, threads, plan["python"])
         try:
-            for popularity in ("uniform",) if n < 20 else ("uniform", "power", "skewed", "distinct"):
-                if popularity != "uniform" and side not in (LORAKIT, INT8):
-                    continue
+            for popularity in plan["popularities"] if n else ("uniform",):
                 engine.run(make_load(min(n, 2), requests=2, seed=7), 2)
                 asked = make_load(n, popularity, plan["requests"])  # type: ignore[arg-type]
                 began = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 from lorakit.errors import ConfigError, MissingDependencyError, ModelError
 from lorakit.models import load_model, load_tokenizer, resolve
 from lorakit.models.gguf_import import convert_gguf
-from lorakit.models.load import _dtype
+from lorakit.models.load import compute_dtype
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_dtype_by_name_or_itself(llama, dtype):
 
 def test_auto_is_float32_on_a_cpu_and_the_checkpoints_own_elsewhere(bert):
     assert load_model(bert, task="sequence-classification", device="cpu").dtype == torch.float32
-    assert _dtype("auto", torch.device("cuda")) == "auto"  # transformers reads it from the checkpoint
+    assert compute_dtype("auto", torch.device("cuda")) == "auto"  # transformers reads it from the checkpoint
 
 
 def test_a_classifier_gets_a_head_of_the_size_asked_for(bert):

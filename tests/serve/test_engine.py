@@ -162,9 +162,9 @@ def test_what_can_never_be_answered_is_refused_and_its_adapter_given_back(engine
 def test_queues_are_bounded_for_all_and_for_each_tenant(runner: Watched) -> None:
     limits = EngineLimits(running=2, step_tokens=8, waiting=4, waiting_per_tenant=2)
     engine = Engine(runner, byte_tokenizer(), limits=limits).start()
+    running = [engine.submit(request(PROMPT, max_tokens=200)) for _ in range(2)]
+    steps_until(lambda: engine.state().running == 2)
     runner.gate.clear()
-    running = [engine.submit(request(PROMPT, max_tokens=2)) for _ in range(2)]
-    steps_until(lambda: engine.state().waiting == 0)
     waiting = [engine.submit(request(PROMPT, max_tokens=2, tenant="a")) for _ in range(2)]
     refused(engine, RateLimitError, "2 of your requests", tenant="a")
     waiting += [engine.submit(request(PROMPT, max_tokens=2, tenant="b")) for _ in range(2)]

@@ -225,7 +225,9 @@ def without_wrapper(trainer: Any) -> None:
         return prepared
 
     trainer.accelerator.prepare_model = as_it_is
-    trainer.args._n_gpu = min(trainer.args.n_gpu, 1)  # one process with several GPUs would get torch's DataParallel
+    trainer.args._n_gpu = min(
+        trainer.args.n_gpu, 1
+    )  # one process with several GPUs would get torch's DataParallel
 
 
 def shard(model: PreTrainedModel, world: World) -> str:
