@@ -101,8 +101,8 @@ def child(side: str, name: str, steps: int, threads: int, out: Path, folder: Pat
 
     from lorakit.models import load_model, load_tokenizer
     from lorakit.train import Recipe
-    from lorakit.train.task import CausalLm
-    from lorakit.train.trainer import _plan
+    from lorakit.train.batches import plan_run
+    from lorakit.train.tasks.causal_lm import CausalLm
 
     torch.set_num_threads(threads)
     recipe = Recipe.from_mapping(
@@ -126,8 +126,7 @@ def child(side: str, name: str, steps: int, threads: int, out: Path, folder: Pat
     model = load_model(MODEL, dtype="float32", device="cpu")
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # not pages of a file that come and go
-    batches = _plan(recipe.train, rows, False)
-    ids = [row.ids for batch in batches for row in (rows[i] for i in batch)]
+    batches = plan_run(recipe.train, rows, False)
     learnt = [sum(label != -100 for i in batch for label in rows[i].labels[1:]) for batch in batches]
     rate = gemm_rate()
     give_back()
@@ -147,7 +146,6 @@ def child(side: str, name: str, steps: int, threads: int, out: Path, folder: Pat
         "losses": losses,
         "valid": loss_on(model, tokenizer, valid),
         "rate": rate,
-        "rows": len(ids),
     }
     out.write_text(json.dumps(result))
 

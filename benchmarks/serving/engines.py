@@ -19,9 +19,6 @@ class Engine(Protocol):
     def run(self, asked: Sequence[Asked], together: int | None) -> None:
         """Answer all: ``together`` at a time, or each at its arrival. Times are noted on the requests."""
 
-    def memory(self) -> dict[str, float]:
-        """What it holds, in bytes, as far as it tells."""
-
     def close(self) -> None:
         """Let go of everything."""
 
@@ -78,10 +75,6 @@ class Lorakit:
                 one.came(event.token_id, time.perf_counter())
             elif isinstance(event, FinishEvent) and event.reason == "error":
                 raise RuntimeError(str(event.error))
-
-    def memory(self) -> dict[str, float]:
-        stats = self.server.state()["adapters"]
-        return {name: value for name, value in stats.items() if isinstance(value, (int, float))}
 
     def close(self) -> None:
         self.server.close()
@@ -158,9 +151,6 @@ class _Peft:
             **options,
         )
 
-    def memory(self) -> dict[str, float]:
-        return {}
-
     def close(self) -> None:
         pass
 
@@ -236,9 +226,6 @@ class ContinuousBatching:
                         break
         finally:
             manager.stop(block=True)
-
-    def memory(self) -> dict[str, float]:
-        return {}
 
     def close(self) -> None:
         pass

@@ -26,7 +26,27 @@ from benchmarks.serving.load import Asked
 HERE = Path(__file__).resolve().parent
 
 
-class LlamaCpp:
+class _Child:
+    """A process that ends when its input does."""
+
+    def __init__(
+        self, python: str, script: str, settings: dict[str, Any], environment: dict[str, str]
+    ) -> None:
+        self.process = subprocess.Popen(
+            [python, str(HERE / script), json.dumps(settings)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+class LlamaCpp(_Child):
     """llama.cpp's server with all adapters loaded; each request names its own."""
 
     def __init__(
@@ -40,10 +60,7 @@ class LlamaCpp:
         )
         settings = {"model": str(base), "loras": [str(path) for path in loras], "threads": threads}
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-        self.process = subprocess.Popen(
-            [python, str(HERE / "llamacpp_server.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-        )  # fmt: skip
+        super().__init__(python, "llamacpp_server.py", settings, environment)
         assert self.process.stdout is not None
         address = ""
         while not address.startswith("http"):
@@ -113,17 +130,6 @@ class LlamaCpp:
                         one.came(token, time.perf_counter())
         connection.close()
 
-    def memory(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
 
 def base_as_gguf(work: Path, kind: str) -> Path:
     """The base as GGUF in F32 or Q8_0, made of the file that the built-in model came as."""
@@ -184,7 +190,7 @@ def adapter_as_gguf(folder: Path, work: Path, model: Path) -> Path:
     return path
 
 
-class Vllm:
+class Vllm(_Child):
     """vLLM's engine in a process of its own, driven through a pipe: it needs other versions than lorakit."""
 
     def __init__(self, python: str, model: Path, adapters: Path | None, threads: int, count: int) -> None:
@@ -198,10 +204,7 @@ class Vllm:
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
         }  # fmt: skip
         environment.pop("PYTHONPATH", None)
-        self.process = subprocess.Popen(
-            [python, str(HERE / "vllm_engine.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-        )  # fmt: skip
+        super().__init__(python, "vllm_engine.py", settings, environment)
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -225,14 +228,3 @@ class Vllm:
         for one, told in zip(asked, self._answer()["answers"], strict=True):
             one.answer = told["tokens"]
             one.submitted, one.first, one.done = (offset + told[k] for k in ("submitted", "first", "done"))
-
-    def memory(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
