@@ -254,6 +254,19 @@ def test_other_models_are_refused_and_left_as_they_were():
     odd(input_ids=torch.tensor([[1, 2]]))
 
 
+def test_the_context_is_that_of_the_other_runner():
+    """Positions that turn otherwise once the longest text of a row is long: texts of a row must stay short."""
+    rope = {
+        "rope_type": "dynamic",
+        "factor": 2.0,
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 128,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=rope)).eval()
+    other = TransformersRunner(copy.deepcopy(model), kv_tokens=4096)
+    assert NativeRunner(model, kv_tokens=4096).context == other.context == 128
+
+
 def test_prepared_adapters_are_let_go_of():
     model = model_of("llama")
     version = version_of(model, "all linear")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ def inspect_model(model: PreTrainedModel) -> Layout:
     windows = tuple(call.window for call in sorted(calls))
     shortest = min((w for w in windows if w is not None and w + 16 <= _LONGEST_PROBE), default=16)
     layout = calls[0]
-    context = _context(config)
+    context = context_of(config)
     return Layout(
         len(calls), layout.kv_heads, layout.key_width, context, windows, stock, min(shortest + 16, context)
     )
@@ -125,7 +125,7 @@ def _check_calls(name: str, config: Any, calls: list[AttentionCall]) -> None:
         )
 
 
-def _context(config: Any) -> int:
+def context_of(config: Any) -> int:
     """The most tokens of a text whose positions do not depend on how long the others in the row are."""
     text = config.get_text_config()
     longest = int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 0)
@@ -140,31 +140,23 @@ def _context(config: Any) -> int:
     return longest
 
 
-def check_against_stock(runner: TransformersRunner, scratch: KVArena) -> int:
-    """Run two texts packed and in chunks, and compare with the model's own attention; returns the vocabulary.
-
-    Raises:
-        ModelError: The logits differ: the model does something with a text that packing does not keep.
-    """
-    model, layout = runner.model, runner.layout
-    device = next(model.parameters()).device
+def probe_texts(tokens: int, vocabulary: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Two random texts of ``tokens`` and half as many tokens, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
-    size = int(model.get_output_embeddings().weight.shape[0])
-    n = layout.probe_tokens
-    long, short = (torch.randint(size, (k,), generator=generator).to(device) for k in (n, n // 2))
-    try:
-        model.set_attn_implementation("eager")
-        with torch.inference_mode():
-            own = [
-                model(input_ids=text[None], use_cache=False).logits[0, -1].float() for text in (long, short)
-            ]
-    finally:
-        model.set_attn_implementation(NAME)
-    slabs = scratch.reserve(n), scratch.reserve(n // 2)
-    cut = n // 3
-    positions = torch.arange(n, device=device)
+    long, short = (torch.randint(vocabulary, (n,), generator=generator) for n in (tokens, tokens // 2))
+    return long.to(device), short.to(device)
+
+
+def packed_logits(
+    step: Callable[[StepBatch], Tensor], arena: KVArena, texts: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The last logits ``(2, vocabulary)`` of two texts in one packed row, of which the first comes in two pieces."""
+    long, short = texts
+    slabs = arena.reserve(len(long)), arena.reserve(len(short))
     assert slabs[0] is not None
     assert slabs[1] is not None
+    cut, rest = len(long) // 3, len(long) - len(long) // 3
+    total, positions = rest + len(short), torch.arange(len(long), device=long.device)
     first = StepBatch(
         long[:cut],
         positions[:cut],
@@ -172,21 +164,44 @@ def check_against_stock(runner: TransformersRunner, scratch: KVArena) -> int:
         [Piece(0, cut, 0, slabs[0])],
         positions[cut - 1 : cut],
     )
-    rest, total = n - cut, n - cut + n // 2
     second = StepBatch(
         torch.cat([long[cut:], short]),
-        torch.cat([positions[cut:], positions[: n // 2]]),
+        torch.cat([positions[cut:], positions[: len(short)]]),
         [Segment(0, total, None)],
         [Piece(0, rest, cut, slabs[0]), Piece(rest, total, 0, slabs[1])],
-        torch.tensor([rest - 1, total - 1], device=device),
+        torch.tensor([rest - 1, total - 1], device=long.device),
     )
-    runner.step(first)
-    packed = runner.step(second)
+    step(first)
+    found = step(second)
     slabs[0].free()
     slabs[1].free()
-    tolerance = _TOLERANCE if next(model.parameters()).element_size() >= 4 else _HALF_TOLERANCE
+    return found
+
+
+@torch.inference_mode()
+def own_logits(model: PreTrainedModel, texts: Sequence[Tensor]) -> list[Tensor]:
+    """The last logits of each text, from the model itself."""
+    return [model(input_ids=text[None], use_cache=False).logits[0, -1].float() for text in texts]
+
+
+def check_against_stock(runner: TransformersRunner, scratch: KVArena) -> int:
+    """Run two texts packed and in chunks, and compare with the model's own attention; returns the vocabulary.
+
+    Raises:
+        ModelError: The logits differ: the model does something with a text that packing does not keep.
+    """
+    model, layout = runner.model, runner.layout
+    first = next(model.parameters())
+    texts = probe_texts(layout.probe_tokens, int(model.get_output_embeddings().weight.shape[0]), first.device)
+    try:
+        model.set_attn_implementation("eager")
+        own = own_logits(model, texts)
+    finally:
+        model.set_attn_implementation(NAME)
+    packed = packed_logits(runner.step, scratch, texts)
+    tolerance = _TOLERANCE if first.element_size() >= 4 else _HALF_TOLERANCE
     for found, want in zip(packed, own, strict=True):
-        off = _off(found, want)
+        off = off_by(found, want)
         if off > tolerance:
             model.set_attn_implementation(layout.stock)
             raise ModelError(
@@ -217,10 +232,10 @@ def check_routing(run: Callable[[StepBatch], Tensor], scratch: KVArena, version:
     finally:
         for slab in slabs:
             slab.free()
-    return any(_off(f, w) > _HALF_TOLERANCE for f, w in zip(found, wanted, strict=True))
+    return any(off_by(f, w) > _HALF_TOLERANCE for f, w in zip(found, wanted, strict=True))
 
 
-def _off(found: Tensor, wanted: Tensor) -> float:
+def off_by(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, as a part of the largest number; NaN counts as infinitely far."""
     off = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
     return off if off == off else float("inf")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from lorakit.core.adapter import AdapterState
@@ -13,7 +13,6 @@ from lorakit.core.method import LowRankMethod, Method, Tensors
 from lorakit.core.target import Shape
 from lorakit.errors import AdapterIncompatibleError
 from lorakit.methods.dora import DoRA
-from lorakit.ops import row_norms
 from lorakit.ops.native.decoder import Change, Patches
 from lorakit.serve.native_model import NativeModel
 
@@ -59,7 +58,7 @@ def prepare_patches(name: str, state: AdapterState, model: NativeModel, embeddin
     for path, method in state.spec.methods.items():
         p, shape = state.parameters(path), state.spec.shapes[path]
         if path == model.lookup:
-            lookup = _change(name, path, method, shape, p, lambda: embedding.T)
+            lookup = _change(name, path, method, shape, p, embedding.t)
             continue
         place = model.places.get(path)
         if place is None:
@@ -74,7 +73,7 @@ def prepare_patches(name: str, state: AdapterState, model: NativeModel, embeddin
                 f"{want[1]}."
             )
         changes[place.weight][place.part] = _change(
-            name, path, method, shape, p, lambda weight=weight, place=place: weight.part(place.part)
+            name, path, method, shape, p, partial(weight.part, place.part)
         )
     return Prepared(Patches(changes, weights), lookup)
 
@@ -87,7 +86,9 @@ def add_to_lookup(x: Tensor, tokens: Tensor, change: Change) -> None:
         x.mul_(change.gain)
 
 
-def _change(name: str, path: str, method: Method, shape: Shape, p: Tensors, base: object) -> Change:
+def _change(
+    name: str, path: str, method: Method, shape: Shape, p: Tensors, base: Callable[[], Tensor]
+) -> Change:
     inner = method.inner if isinstance(method, DoRA) else method
     if not isinstance(inner, LowRankMethod) or shape.batch:
         raise AdapterIncompatibleError(
@@ -95,17 +96,8 @@ def _change(name: str, path: str, method: Method, shape: Shape, p: Tensors, base
         )
     A, B, scale = inner.factors(shape, p)
     A, B = A.float(), B.float() * scale
-    shift = None if isinstance(method, DoRA) else inner.bias_delta(shape, p)  # type: ignore[arg-type]
-    if not isinstance(method, DoRA):
-        return Change(A, B, None, shift)
-    W = base()  # type: ignore[operator]
-    least = torch.finfo(torch.float32).tiny ** 0.5
-    return Change(A, B, p["magnitude"].float() / row_norms(W, A, B, least=least))
-
-
-def segments_of_last(starts_ends: Sequence[tuple[int, int]], last: Tensor) -> list[tuple[int, int]]:
-    """Which entries of the ascending ``last`` lie in each range of rows."""
-    ends = torch.tensor([end for _, end in starts_ends])
-    starts = torch.tensor([start for start, _ in starts_ends])
-    first, stop = torch.searchsorted(last, starts), torch.searchsorted(last, ends)
-    return list(zip(first.tolist(), stop.tolist(), strict=True))
+    # Of the target a low-rank method needs no more than its shape.
+    if isinstance(method, DoRA):
+        norms = method.norms(shape, p, base())  # type: ignore[arg-type]
+        return Change(A, B, gain=p["magnitude"].float() / norms)
+    return Change(A, B, shift=inner.bias_delta(shape, p))  # type: ignore[arg-type]

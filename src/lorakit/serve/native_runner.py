@@ -6,6 +6,7 @@ applied inside the same tiles as the base product, at their true ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from lorakit.errors import KernelError, ModelError
 from lorakit.ops.native.decoder import Kernel, NativeDecoder, Rows, kernel
+from lorakit.serve.inspection import context_of, off_by, own_logits, packed_logits, probe_texts
 from lorakit.serve.kv import BLOCK, KVArena
 from lorakit.serve.native_model import Storage, read_model, why_not
-from lorakit.serve.native_patches import Prepared, add_to_lookup, prepare_patches, segments_of_last
-from lorakit.serve.runner import Piece, Segment, StepBatch
+from lorakit.serve.native_patches import Prepared, add_to_lookup, prepare_patches
+from lorakit.serve.runner import StepBatch
+from lorakit.serve.spans import Spans, of_rows, spans_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +39,6 @@ class NativeRunner:
         context: The most tokens of one request.
         storage: How weights are kept.
         threads: How many work on a step.
-        off: How far the logits of a probe were from the model's own, as a share of the largest.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class NativeRunner:
         if reason is not None:
             raise ModelError(f"The compiled engine does not run this model: {reason}.")
         self.storage, self.threads = storage, threads or torch.get_num_threads()
-        allowed = int(model.config.max_position_embeddings)
+        allowed = context_of(model.config)
         self.context = min(kv_tokens // BLOCK * BLOCK, allowed if context is None else min(context, allowed))
         self._native = read_model(model, compiled, storage)
         sizes = self._native.sizes
@@ -84,45 +86,23 @@ class NativeRunner:
             self.arena.values,
         )
         self._embedding = model.get_input_embeddings().weight.detach().float()
-        scale = getattr(model.model.embed_tokens, "embed_scale", None)
-        self._embedding_scale = self._scale_of(model) if scale is None else float(scale)
+        self._embedding_scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
         self._rotary = model.model.rotary_emb
         self._prepared: dict[str, Prepared] = {}
-        self.off = self._compare(model)
-        if storage == "fp32" and not self.off <= _TOLERANCE:
-            raise ModelError(
-                f"The compiled engine does not run this {type(model).__name__}: its logits are off by "
-                f"{self.off:.1e} of the largest, so the model does something that is not known here."
-            )
+        if storage == "fp32":
+            self._check_against(model)
         for layer in model.model.layers:
             layer.to("meta")
 
-    @staticmethod
-    def _scale_of(model: PreTrainedModel) -> float:
-        return float(model.config.hidden_size) ** 0.5 if model.config.model_type == "gemma" else 1.0
-
-    @torch.inference_mode()
-    def _compare(self, model: PreTrainedModel) -> float:
-        """How far the last logits of two texts, one of them in two pieces, are from the model's own."""
-        generator = torch.Generator().manual_seed(0)
-        n = min(_PROBE, self.context // 2)
-        texts = [torch.randint(self.vocabulary, (k,), generator=generator) for k in (n, n // 2)]
-        own = [model(input_ids=text[None], use_cache=False).logits[0, -1].float() for text in texts]
-        slabs = [slab for slab in (self.arena.reserve(n), self.arena.reserve(n // 2)) if slab is not None]
-        cut, total = n // 3, n - n // 3 + n // 2
-        place = torch.arange(n)
-        one = [Segment(0, cut, None)], [Piece(0, cut, 0, slabs[0])]
-        self.step(StepBatch(texts[0][:cut], place[:cut], *one, place[:1]))
-        two = Piece(0, n - cut, cut, slabs[0]), Piece(n - cut, total, 0, slabs[1])
-        tokens, positions = torch.cat([texts[0][cut:], texts[1]]), torch.cat([place[cut:], place[: n // 2]])
-        last = torch.tensor([n - cut - 1, total - 1])
-        found = self.step(StepBatch(tokens, positions, [Segment(0, total, None)], two, last))
-        for slab in slabs:
-            slab.free()
-        return max(
-            float((a - b).abs().max() / b.abs().max().clamp_min(1e-6))
-            for a, b in zip(found, own, strict=True)
-        )
+    def _check_against(self, model: PreTrainedModel) -> None:
+        texts = probe_texts(min(_PROBE, self.context), self.vocabulary)
+        found = packed_logits(self.step, self.arena, texts)
+        off = max(off_by(a, b) for a, b in zip(found, own_logits(model, texts), strict=True))
+        if off > _TOLERANCE:
+            raise ModelError(
+                f"The compiled engine does not run this {type(model).__name__}: its logits are off by {off:.1e} of the "
+                "largest, so the model does something that is not known here."
+            )
 
     # ---- adapters
     def prepare(self, version: AdapterVersion) -> None:
@@ -156,20 +136,15 @@ class NativeRunner:
         """Logits ``(n, vocabulary)`` in float32 of the rows ``batch.last``; writes keys and values of all rows."""
         x = torch.nn.functional.embedding(batch.tokens, self._embedding)
         cos, sin = self._rotary(x[None], batch.positions[None])
-        changed = [
-            (s.start, s.end, self._prepared[s.version.digest])
-            for s in batch.segments
-            if s.version is not None
-        ]
+        spans = spans_of(batch.segments)
+        changed = list(self._changed(spans))
         for start, end, prepared in changed:
             if prepared.lookup is not None:
                 add_to_lookup(x[start:end], batch.tokens[start:end], prepared.lookup)
         if self._embedding_scale != 1:  # an adapter of the embedding is scaled with it
             x.mul_(self._embedding_scale)
-        rows = [Rows(start, end, prepared.patches) for start, end, prepared in changed]
-        at_head = [row for row in rows if row.patches is not None and row.patches.touches_last]
-        spans = segments_of_last([(r.start, r.end) for r in at_head], batch.last) if at_head else []
-        last_rows = [Rows(a, b, r.patches) for (a, b), r in zip(spans, at_head, strict=True) if b > a]
+        at_head = any(prepared.patches.touches_last for _, _, prepared in changed)
+        last_changed = self._changed(of_rows(spans, batch.last)) if at_head else ()
         pieces = torch.tensor([(p.start, p.end, p.past, p.slab.start) for p in batch.pieces])
         return self._decoder.run(
             x,
@@ -177,7 +152,15 @@ class NativeRunner:
             sin[0].float().contiguous(),
             pieces,
             batch.last.contiguous(),
-            rows,
-            last_rows,
+            [Rows(start, end, prepared.patches) for start, end, prepared in changed],
+            [Rows(start, end, prepared.patches) for start, end, prepared in last_changed],
             self.threads,
         )
+
+    def _changed(self, spans: Spans) -> Iterator[tuple[int, int, Prepared]]:
+        """First row, end and patches of each adapter; the rows of the base are left out."""
+        start = 0
+        for end, digest in spans:
+            if digest is not None:
+                yield start, end, self._prepared[digest]
+            start = end

@@ -6,11 +6,13 @@ The build runs this in a process of its own, which may die of a library that is 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lorakit.ops.native.load import Decode, Product, read_library
+from lorakit.ops.native.load import Decode, Lookup, Product, read_library
 from lorakit.ops.nf4 import quantize_nf4
 
 # tokens, width in, width out, rank: less than a vector, parts of tiles, work for several threads.
@@ -34,9 +36,33 @@ def check(product: Product) -> None:
         assert got is not None, "it refuses plain float32 tensors"
         gradients = torch.autograd.grad(got, inputs, G)
         exact_gradients = torch.autograd.grad(exact, exact_inputs, G.double())
-        for one, other in zip((got, *gradients), (exact, *exact_gradients), strict=True):
-            size = float(other.detach().abs().max())
-            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * size)
+        _assert_near((got, *gradients), (exact, *exact_gradients))
+
+
+def _assert_near(found: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    for one, other in zip(found, exact, strict=True):
+        size = float(other.detach().abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * size)
+
+
+def check_lookup(lookup: Lookup) -> None:
+    """Compare outputs and gradients of the change of a table with the formula in float64.
+
+    Raises:
+        AssertionError: They differ.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for tokens, vocabulary, out, r in _SIZES:
+        ids = torch.randint(vocabulary, (tokens,), generator=draw)
+        y, G = (torch.randn(tokens, out, generator=draw) for _ in range(2))
+        A = torch.randn(vocabulary, r, generator=draw).T.requires_grad_()
+        B = torch.randn(out, r, generator=draw).requires_grad_()
+        got = lookup(y.clone(), ids, A, B, 0.5, -1)
+        assert got is not None, "it refuses plain float32 tensors"
+        exact_inputs = [t.detach().double().requires_grad_() for t in (A, B)]
+        exact = y.double() + 0.5 * exact_inputs[0].T[ids] @ exact_inputs[1].T
+        gradients = torch.autograd.grad(got, (A, B), G)
+        _assert_near((got, *gradients), (exact, *torch.autograd.grad(exact, exact_inputs, G.double())))
 
 
 def check_nf4(decode: Decode) -> None:
@@ -56,4 +82,5 @@ def check_nf4(decode: Decode) -> None:
 if __name__ == "__main__":
     library = read_library(Path(sys.argv[1]))
     check(library.product)
+    check_lookup(library.lookup)
     check_nf4(library.decode_nf4)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorakit.ops.native.load import LIBRARY, Status, kernel_folder, status
+from lorakit.ops.native.load import LIBRARY, Status, status
 
 SITES = ("qkv", "out", "gate_up", "down")
 MOST_PARTS = 3
 GROUP = 32  # codes of int8 that share a scale
+_SHORT_ROWS = 4  # which part of the scratch
 
 
 class _Weight(Structure):
@@ -95,7 +96,7 @@ class Kernel:
 def kernel() -> Kernel | Status:
     """The compiled step; or, where there is none, why."""
     found = status()
-    return found if found.state != "compiled" else Kernel(str(kernel_folder() / LIBRARY))
+    return found if found.state != "compiled" else Kernel(str(found.folder / LIBRARY))
 
 
 class PackedWeight:
@@ -335,7 +336,7 @@ class NativeDecoder:
             sizes.epsilon,
             sizes.scale,
         )
-        self._scratch: _Scratch | None = None
+        self._scratch: tuple[Tensor, ...] = ()
 
     def run(
         self,
@@ -364,7 +365,7 @@ class NativeDecoder:
             Logits ``(len(last), vocabulary)``.
         """
         rows, wanted = x.shape[0], last.shape[0]
-        widest = max((s.patches.widest_rank for s in segments if s.patches is not None), default=0)
+        widest = max((s.patches.widest_rank for s in segments if s.patches is not None), default=1)
         scratch = self._scratch_for(max(rows, wanted), widest)
         logits = torch.empty(wanted, self.sizes.vocabulary)
         own, own_last = _segments(segments), _segments(last_segments)
@@ -377,53 +378,37 @@ class NativeDecoder:
             ctypes.cast(own, POINTER(_Segment)),
             ctypes.cast(own_last, POINTER(_Segment)),
             _pointer(logits),
-            *(_pointer(t) for t in scratch.tensors()),
+            *(_pointer(t) for t in scratch),
             rows,
             pieces.shape[0],
             wanted,
             len(segments),
             len(last_segments),
-            max(widest, 1),
+            widest,
             threads,
         )
         self.kernel.step(ctypes.byref(self._decoder), ctypes.byref(step))
         return logits
 
-    def _scratch_for(self, rows: int, rank: int) -> _Scratch:
-        kept = self._scratch
-        if kept is None or kept.rows < rows or kept.rank < rank:
-            most_rows = max(rows, kept.rows if kept else 0)
-            most_rank = max(rank, kept.rank if kept else 1)
-            kept = self._scratch = _Scratch(self.sizes, most_rows, most_rank)
-        return kept
-
-
-@dataclass
-class _Scratch:
-    """Room for what a step computes on the way."""
-
-    sizes: DecoderSizes
-    rows: int
-    rank: int
-    _tensors: tuple[Tensor, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        s, rows = self.sizes, self.rows
-        widest = max(s.hidden, s.middle, s.heads * s.head_dim) + GROUP
-        self._tensors = (
+    def _scratch_for(self, rows: int, rank: int) -> tuple[Tensor, ...]:
+        """Room for what a step computes on the way, in the order of `decoder.h`; it grows and is kept."""
+        s, kept = self.sizes, self._scratch
+        if kept and kept[0].shape[0] >= rows and kept[_SHORT_ROWS].shape[1] >= rank:
+            return kept
+        if kept:
+            rows, rank = max(rows, kept[0].shape[0]), max(rank, kept[_SHORT_ROWS].shape[1])
+        groups = -(-max(s.hidden, s.middle, s.heads * s.head_dim) // GROUP)
+        self._scratch = (
             torch.empty(rows, s.hidden),
             torch.empty(rows, (s.heads + 2 * s.kv_heads) * s.head_dim),
             torch.empty(rows, s.heads * s.head_dim),
             torch.empty(rows, s.middle),
-            torch.empty(rows, max(self.rank, 1)),
-            torch.empty(rows, widest, dtype=torch.int8),
-            torch.empty(rows, -(-widest // GROUP)),
-            torch.empty(rows, -(-widest // GROUP), dtype=torch.int32),
+            torch.empty(rows, rank),
+            torch.empty(rows, groups * GROUP, dtype=torch.int8),
+            torch.empty(rows, groups),
+            torch.empty(rows, groups, dtype=torch.int32),
         )
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of `decoder.h`."""
-        return self._tensors
+        return self._scratch
 
 
 def _segments(rows: Sequence[Rows]) -> Any:

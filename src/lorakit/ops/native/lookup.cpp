@@ -123,7 +123,7 @@ bool taken(const Tensor& y, const Tensor& ids, const Tensor& A, const Tensor& B)
          B.scalar_type() == at::kFloat && ids.scalar_type() == at::kLong && ids.is_contiguous() &&
          columns_lie_side_by_side(A) && B.dim() == 2 && B.size(1) == A.size(0) && y.dim() == ids.dim() + 1 &&
          y.numel() > 0 && y.size(-1) == B.size(0) && y.sizes().slice(0, ids.dim()) == ids.sizes() && row_step(y) > 0 &&
-         (B.is_contiguous() || (B.stride(0) == 1 && B.stride(1) == B.size(0))) && all_in_table(ids, A.size(1));
+         lies_one_way_or_the_other(B) && all_in_table(ids, A.size(1));
 }
 
 }  // namespace

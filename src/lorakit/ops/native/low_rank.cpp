@@ -140,7 +140,7 @@ bool better_left_to_torch(const Tensor& x, const Tensor& A, const Tensor& B) {
 bool taken(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B) {
   return plain({&y, &x, &A, &B}) && float_or_bfloat16(y) && float_or_bfloat16(x) && float_or_bfloat16(A) &&
          float_or_bfloat16(B) && sizes_fit(y, x, A, B) && row_step(y) > 0 && x.is_contiguous() &&
-         A.is_contiguous() && (B.is_contiguous() || (B.stride(0) == 1 && B.stride(1) == B.size(0))) &&
+         A.is_contiguous() && lies_one_way_or_the_other(B) &&
          !better_left_to_torch(x, A, B);
 }
 

@@ -13,7 +13,6 @@
 
 namespace lorakit {
 
-
 using at::Tensor;
 
 // Multiplications that are worth waking a thread for.
@@ -128,6 +127,11 @@ inline Tensor collected(const Tensor& h, const Tensor& x) {
     });
   });
   return result;
+}
+
+// Whether a matrix or its transpose lies in memory without gaps: what `Rows::of_transposed` takes.
+inline bool lies_one_way_or_the_other(const Tensor& B) {
+  return B.is_contiguous() || (B.stride(0) == 1 && B.stride(1) == B.size(0));
 }
 
 // ---- what is taken -----------------------------------------------------------------------------------------------
