@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from lorakit.serve.sampling import Sampling
 from lorakit.serve.scheduler import EngineLimits
 from tests.serve.tiny_serving import (
     EOS,
+    PROMPT,
     CountedLease,
     alone,
     byte_tokenizer,
@@ -30,28 +30,8 @@ from tests.serve.tiny_serving import (
     request,
     tiny_decoder,
     tiny_engine,
-    versions_of,
 )
-from tests.serve.watched_runner import Watched, steps_until
-
-PROMPT = [5, 9, 77, 30, 2, 61]
-STOCK = tiny_decoder("llama")
-VERSIONS = versions_of(STOCK)
-
-
-@pytest.fixture
-def runner() -> Watched:
-    return Watched()
-
-
-@pytest.fixture
-def engine(runner: Watched) -> Iterator[Engine]:
-    limits = EngineLimits(running=6, step_tokens=32, waiting=8, unread_events=64)
-    with Engine(runner, byte_tokenizer(), limits=limits) as made:
-        yield made
-        runner.gate.set()
-    assert runner.arena.used == 0
-    assert not made._jobs
+from tests.serve.watched_runner import STOCK, VERSIONS, Watched, steps_until
 
 
 # ---- answers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,35 +23,15 @@ from lorakit.serve.requests import FinishEvent, TokenEvent
 from lorakit.serve.runner import StepBatch
 from lorakit.serve.scheduler import EngineLimits, Scheduler
 from tests.serve.tiny_serving import (
+    PROMPT,
     CountedLease,
     alone,
     byte_tokenizer,
     ids,
     read,
     request,
-    tiny_decoder,
-    versions_of,
 )
-from tests.serve.watched_runner import Watched, steps_until
-
-PROMPT = [5, 9, 77, 30, 2, 61]
-STOCK = tiny_decoder("llama")
-VERSIONS = versions_of(STOCK)
-
-
-@pytest.fixture
-def runner() -> Watched:
-    return Watched()
-
-
-@pytest.fixture
-def engine(runner: Watched) -> Iterator[Engine]:
-    limits = EngineLimits(running=6, step_tokens=32, waiting=8, unread_events=64)
-    with Engine(runner, byte_tokenizer(), limits=limits) as made:
-        yield made
-        runner.gate.set()
-    assert runner.arena.used == 0
-    assert not made._jobs
+from tests.serve.watched_runner import STOCK, VERSIONS, Watched, steps_until
 
 
 # ---- ends before their time

@@ -386,14 +386,17 @@ def test_a_deeper_base(store: AdapterStore, root: Path) -> None:
     assert "layers.2.up" in str(error)
 
 
-def test_the_name_of_the_base_does_not_matter(store: AdapterStore, root: Path) -> None:
-    path = root / "bad" / WEIGHTS
-    header, rest = header_of(path)
+def as_peft_alone(folder: Path, **changes: str) -> None:
+    """Leave of an adapter what PEFT itself would have written, with changes in the configuration."""
+    header, rest = header_of(folder / WEIGHTS)
     del header["__metadata__"]
-    with_header(path, header, rest)
-    config = json.loads((root / "bad" / CONFIG).read_text())
-    config["base_model_name_or_path"] = "/somewhere/else/entirely"
-    (root / "bad" / CONFIG).write_text(json.dumps(config))
+    with_header(folder / WEIGHTS, header, rest)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def test_the_name_of_the_base_does_not_matter(store: AdapterStore, root: Path) -> None:
+    as_peft_alone(root / "bad", base_model_name_or_path="/somewhere/else/entirely")
     store.acquire("bad").result(10).release()
     store.unload("bad")
     until(lambda: store.stats().contents == 0)
@@ -446,12 +449,7 @@ def test_limits(root: Path) -> None:
 
 
 def test_a_type_that_is_not_known(store: AdapterStore, root: Path) -> None:
-    path = root / "bad" / WEIGHTS
-    header, rest = header_of(path)
-    del header["__metadata__"]
-    with_header(path, header, rest)
-    config = json.loads((root / "bad" / CONFIG).read_text())
-    (root / "bad" / CONFIG).write_text(json.dumps({**config, "peft_type": "HIRA"}))
+    as_peft_alone(root / "bad", peft_type="HIRA")
     assert isinstance(failure(store), AdapterIncompatibleError)
 
 

@@ -17,6 +17,7 @@ from lorakit.serve.transformers_runner import TransformersRunner
 from lorakit.serve.versions import AdapterVersion, make_version
 from tests.serve.tiny_serving import (
     EOS,
+    PROMPT,
     alone,
     ids,
     random_state,
@@ -26,8 +27,6 @@ from tests.serve.tiny_serving import (
     tiny_engine,
     versions_of,
 )
-
-PROMPT = [5, 9, 77, 30, 2, 61]
 
 
 def version(model: Any, method: Any, targets: list[str] | None = None, name: str = "x") -> AdapterVersion:

@@ -24,6 +24,7 @@ from lorakit.serve.versions import AdapterVersion, Lease, make_version
 
 VOCABULARY = 320
 EOS = 319
+PROMPT = [5, 9, 77, 30, 2, 61]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

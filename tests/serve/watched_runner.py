@@ -10,7 +10,10 @@ import torch
 
 from lorakit.serve.runner import StepBatch
 from lorakit.serve.transformers_runner import TransformersRunner
-from tests.serve.tiny_serving import tiny_decoder
+from tests.serve.tiny_serving import tiny_decoder, versions_of
+
+STOCK = tiny_decoder("llama")
+VERSIONS = versions_of(STOCK)
 
 
 class Watched:

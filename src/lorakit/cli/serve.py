@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lorakit.serve.server import Server
+    from lorakit.serve.native_model import Storage
+    from lorakit.serve.runners import RunnerKind
 
 
 def command(
@@ -97,6 +98,7 @@ def command(
     from typing import cast
 
     from lorakit.cli.output import quiet_loading, say
+    from lorakit.cli.serve_lines import adapter_lines, base_lines, key_lines, say_ready
     from lorakit.errors import ConfigError, MissingDependencyError
 
     try:
@@ -108,11 +110,6 @@ def command(
         raise MissingDependencyError(
             f"Serving needs {error.name}, which is not installed. Install it with: pip install 'lorakit[serve]'"
         ) from error
-    from lorakit.serve.manifest import TrustedKeys
-    from lorakit.serve.native_model import Storage
-    from lorakit.serve.runners import RunnerKind
-    from lorakit.serve.scheduler import EngineLimits
-    from lorakit.serve.server import build_server
 
     if adapters is not None and not adapters.is_dir():
         raise ConfigError(f"There is no folder {adapters} of adapters.")
@@ -132,14 +129,19 @@ def command(
 
         serve_several(context, bind(host, port), replicas, keys=keys, limits=options.limits, grace=grace)
         return
+    # Not before: a router has no need of these.
+    from lorakit.serve.manifest import TrustedKeys
+    from lorakit.serve.scheduler import EngineLimits
+    from lorakit.serve.server import build_server
+
     with bind(host, port) as address:  # before the model is loaded for nothing
         quiet_loading()
         server = build_server(
             base,
             adapters,
             name=name,
-            weights=cast(Storage, weights),
-            runner=cast(RunnerKind, runner),
+            weights=cast("Storage", weights),
+            runner=cast("RunnerKind", runner),
             threads=threads,
             kv_tokens=kv_tokens,
             limits=EngineLimits(
@@ -150,45 +152,6 @@ def command(
         )
         for adapter in preload or []:
             server.store.load(adapter, adapter, pinned=True).result()
-        for line in [*_base_lines(server), *_adapter_lines(adapters, server), *_key_lines(keys, host)]:
+        for line in [*base_lines(server), *adapter_lines(adapters, server), *key_lines(keys, host)]:
             say(line)
-        serve_http(server, address, keys=known, options=options, grace=grace, ready=_say_ready)
-
-
-def _say_ready(url: str) -> None:
-    import sys
-
-    from lorakit.cli.output import say
-
-    say(f"serving   {url}/v1   (Ctrl-C stops)")
-    sys.stdout.flush()
-
-
-def _base_lines(server: Server) -> list[str]:
-    from lorakit.cli.output import size
-
-    arena = server.runner.arena
-    return [
-        f"base      {server.name}, {server.weights}, context {server.runner.context} tokens, room for {arena.capacity} "
-        f"tokens ({size(arena.nbytes)})",
-        f"runs on   {server.note}",
-    ]
-
-
-def _adapter_lines(folder: Path | None, server: Server) -> list[str]:
-    from lorakit.errors import listing
-
-    names = [entry.name for entry in server.store.list()]
-    if folder is None:
-        return ["adapters  none; give their folder with --adapters"]
-    if not names:
-        return [f"adapters  none in {folder} yet; a folder that is put there can be asked for at once"]
-    return [f"adapters  {len(names)} in {folder}: {listing(names, most=12)}"]
-
-
-def _key_lines(keys: Path | None, host: str) -> list[str]:
-    if keys is not None:
-        return [f"keys      {keys}"]
-    if host in ("127.0.0.1", "localhost", "::1"):
-        return []
-    return ["keys      none: everyone who can reach this address may use and manage the server (see --keys)"]
+        serve_http(server, address, keys=known, options=options, grace=grace, ready=say_ready)

@@ -45,20 +45,15 @@ def serve_several(
             f"Replicas need {error.name}, which is not installed. Install it with: pip install 'lorakit[serve]'"
         ) from error
     from lorakit.cli.output import say
-
-    def ready(url: str) -> None:
-        say(f"serving   {url}/v1   (Ctrl-C stops)")
-        sys.stdout.flush()
+    from lorakit.cli.serve_lines import key_lines, say_ready
 
     def started(lines: Iterable[str]) -> None:
         for line in lines:
             # The replicas are closed to the outside; the address that counts for this warning is the router's.
             say(f"keys      {keys}" if line.startswith("keys ") else line)
-        host = address.getsockname()[0]
-        if keys is None and host not in ("127.0.0.1", "::1"):
-            say(
-                "keys      none: everyone who can reach this address may use and manage the server (see --keys)"
-            )
+        if keys is None:
+            for line in key_lines(None, address.getsockname()[0]):
+                say(line)
         say(f"replicas  {number}, each with its own copy of the base")
 
     serve_replicas(
@@ -69,7 +64,7 @@ def serve_several(
         limits=limits,
         grace=grace,
         started=started,
-        ready=ready,
+        ready=say_ready,
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import (
@@ -280,7 +280,8 @@ class Engine:
         queue = self._scheduler.queue
         while self._forgotten and self._prefix is not None:
             self._prefix.forget(self._forgotten.popleft())
-        for job in queue.expired(now):
+        ended = queue.expired(now)
+        for job in ended:
             late = now - job.submitted
             job.end(
                 "error",
@@ -291,8 +292,9 @@ class Engine:
             job = self._jobs[request_id]
             queue.remove(request_id)
             job.end("abort" if error is None else "error", now, error)
+            ended.append(job)
         self._aborts.clear()
-        return self._retire()
+        return self._retire(ended)
 
     def _place(self, job: Job) -> bool:
         """Reserve what a request needs and make its answers; False while there is no room."""
@@ -316,9 +318,12 @@ class Engine:
             first.read = job.cached
         return True
 
-    def _retire(self) -> list[Job]:
-        """Take out the requests whose answers have all ended. Under the lock."""
-        done = [job for job in self._jobs.values() if job.ended]
+    def _retire(self, ended: Sequence[Job] = ()) -> list[Job]:
+        """Take out what was ended, and the running requests whose answers have all ended. Under the lock."""
+        finished = (answer.job for answer in self._scheduler.running if answer.finished)
+        done = [
+            job for job in dict.fromkeys([*ended, *finished]) if job.ended and job.request.id in self._jobs
+        ]
         for job in done:
             del self._jobs[job.request.id]
             self._aborts.pop(job.request.id, None)
@@ -333,7 +338,7 @@ class Engine:
             for job in jobs:
                 self._scheduler.queue.remove(job.request.id)
                 job.end("error", time.monotonic(), error)
-            done = self._retire()
+            done = self._retire(jobs)
         self._release(done)
 
     def _release(self, jobs: list[Job]) -> None:

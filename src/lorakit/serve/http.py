@@ -6,20 +6,18 @@ import asyncio
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
-from types import FrameType
-
-import uvicorn
+from typing import TYPE_CHECKING
 
 from lorakit.errors import ConfigError
 from lorakit.serve.api.app import create_app
 from lorakit.serve.api.auth import Keys
-from lorakit.serve.api.record import log, log_to_stderr
+from lorakit.serve.api.record import log_to_stderr
 from lorakit.serve.api.service import Options, Service
-from lorakit.serve.server import Server
+from lorakit.serve.graceful import GracefulServer
 
-_LAST_WORDS_SECONDS = 5  # after the grace: for telling the clients of what was ended
+if TYPE_CHECKING:
+    from lorakit.serve.server import Server
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -72,7 +70,7 @@ def serve_http(
     """
     log_to_stderr()
     with address:
-        _uvicorn(server, address, keys, options, grace, ready or (lambda url: None)).run([address])
+        _Uvicorn(server, address, keys, options, grace, ready or (lambda url: None)).run([address])
 
 
 class HttpThread:
@@ -97,7 +95,7 @@ class HttpThread:
         """Prepare it; arguments are those of `serve_http`."""
         self._listening = bind(host, port)
         self._is_ready = threading.Event()
-        self._uvicorn = _uvicorn(server, self._listening, keys, options, grace, self._ready)
+        self._uvicorn = _Uvicorn(server, self._listening, keys, options, grace, self._ready)
         self.url = ""
         self.service: Service = self._uvicorn.service
         self.thread = threading.Thread(target=self._run, name="lorakit-http", daemon=True)
@@ -121,65 +119,24 @@ class HttpThread:
         self._is_ready.set()
 
 
-def _uvicorn(
-    server: Server,
-    listening: socket.socket,
-    keys: Keys | None,
-    options: Options | None,
-    grace: float,
-    ready: Callable[[str], None],
-) -> _Uvicorn:
-    app = create_app(server, keys, options)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ws="none",
-        lifespan="on",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
-    )
-    host, port = listening.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    return _Uvicorn(config, app.state.service, grace, lambda: ready(url))
-
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn, which is told to stop only when the answers in hand are complete."""
+class _Uvicorn(GracefulServer):
+    """One server's."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, grace: float, ready: Callable[[], None]
+        self,
+        server: Server,
+        listening: socket.socket,
+        keys: Keys | None,
+        options: Options | None,
+        grace: float,
+        ready: Callable[[str], None],
     ) -> None:
-        super().__init__(config)
-        self.service, self._grace, self._ready = service, grace, ready
-        self._ending: float | None = None
+        app = create_app(server, keys, options)
+        self.service: Service = app.state.service
+        super().__init__(app, self.service, listening, grace, ready, lifespan="on", proxy_headers=True)
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._ready()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the end; a second one makes it short."""
-        if self._ending is None:
-            self._ending = time.monotonic()
-            self.service.draining = True
-        else:
-            self._grace = 0.0
-            self.force_exit = self.should_exit and sig == signal.SIGINT
-
-    async def on_tick(self, counter: int) -> bool:
-        if self._ending is not None and not self.should_exit:
-            await self._end(time.monotonic() - self._ending)
-        return await super().on_tick(counter)
-
-    async def _end(self, since: float) -> None:
-        left = self.service.admission.in_flight
-        if left and since < self._grace:
-            return
-        facts = {"event": "stopping", "waited_ms": round(since * 1000), "ended_unfinished": left}
-        log.info("stopping", extra={"facts": facts})
+    async def _end(self, left: int, since: float) -> bool:
+        over = await super()._end(left, since)
         if left:  # each of them is answered with an error of its own
             await asyncio.to_thread(self.service.server.engine.stop)
-        self.should_exit = True
+        return over

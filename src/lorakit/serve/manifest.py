@@ -23,7 +23,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def sign(
     now = datetime.now(timezone.utc).replace(microsecond=0).isoformat()
     unsigned = Manifest(files, base_digest, base_name, now, _public_text(private))
     signature = base64.b64encode(private.sign(unsigned.signed_bytes())).decode("ascii")
-    signed = Manifest(files, base_digest, base_name, now, unsigned.key, signature)
+    signed = replace(unsigned, signature=signature)
     temporary = directory / f".{MANIFEST}.{secrets.token_hex(4)}.tmp"
     try:
         temporary.write_text(json.dumps(signed.to_json(), indent=2) + "\n", encoding="utf-8")

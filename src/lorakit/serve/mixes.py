@@ -9,7 +9,7 @@ from lorakit.adapters.combine import combine
 from lorakit.core.adapter import AdapterState
 from lorakit.errors import AdapterIncompatibleError, ConfigError, InvalidRequestError
 from lorakit.serve.sources import Limits
-from lorakit.serve.versions import Lease, parse_id, rank_at
+from lorakit.serve.versions import Lease, largest_rank, parse_id
 
 MOST_PARTS = 16
 
@@ -64,7 +64,7 @@ def make_mix(states: Sequence[AdapterState], weights: Sequence[float], limits: L
         state = combine(states, weights, "cat", any_base=True).state
     except ConfigError as error:
         raise AdapterIncompatibleError(f"These adapters cannot be mixed: {error}", param="model") from None
-    rank = max((rank_at(state, path) or 0 for path in state.spec.methods), default=0)
+    rank = largest_rank(state) or 0
     if limits.rank is not None and rank > limits.rank:
         raise AdapterIncompatibleError(
             f"The mix has rank {rank}, the sum of its parts' ranks; at most {limits.rank} is served here.",

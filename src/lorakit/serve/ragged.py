@@ -52,6 +52,7 @@ class AttentionCall(NamedTuple):
 class _Step(NamedTuple):
     pieces: Sequence[Piece]
     seen: list[AttentionCall] | None
+    masks: dict[tuple[int, int, int | None, torch.device], Tensor | None]  # the same ones in most layers
 
 
 _STEP: ContextVar[_Step] = ContextVar("lorakit_ragged_step")
@@ -65,7 +66,7 @@ def ragged_step(pieces: Sequence[Piece], seen: list[AttentionCall] | None = None
         pieces: The rows of each request; rows of none attend to nothing.
         seen: Where every attention that is called is noted; None notes nothing.
     """
-    token = _STEP.set(_Step(pieces, seen))
+    token = _STEP.set(_Step(pieces, seen, {}))
     try:
         yield
     finally:
@@ -138,7 +139,10 @@ def ragged_attention(
         first = 0 if sliding_window is None else max(0, past + 1 - sliding_window)
         if first:  # nobody in this piece sees what is before
             keys, values = keys[:, first:], values[:, first:]
-        mask = _causal(n, past - first, sliding_window, query.device)
+        facts = (n, past - first, sliding_window, query.device)
+        if facts not in step.masks:
+            step.masks[facts] = _causal(*facts)
+        mask = step.masks[facts]
         # Heads that share keys are laid side by side, so keys are never repeated.
         own = query[0, :, start:end].reshape(kv_heads, heads // kv_heads, n, width)
         if softcap is not None:

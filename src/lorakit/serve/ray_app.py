@@ -20,11 +20,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from lorakit.errors import EngineDeadError, InvalidRequestError, MissingDependencyError, ServeError
-from lorakit.serve.api.errors import error_response, error_text
-from lorakit.serve.api.events import event
+from lorakit.serve.api.errors import error_response
+from lorakit.serve.api.exchange import replayed
 from lorakit.serve.api.gate import ANSWERING
 from lorakit.serve.router.catalog import Catalog
-from lorakit.serve.router.passing import MOST_DEATHS
+from lorakit.serve.router.passing import MOST_DEATHS, broken_off, too_many_deaths
 from lorakit.serve.versions import Lease
 
 try:
@@ -81,13 +81,9 @@ class RayReplica:
             with suppress(ServeError):
                 await self.adapter(name)
         messages: asyncio.Queue[Message | None] = asyncio.Queue(maxsize=64)
-        given, gone = False, asyncio.Event()
+        gone = asyncio.Event()
 
-        async def receive() -> Message:
-            nonlocal given
-            if not given:
-                given = True
-                return {"type": "http.request", "body": body, "more_body": False}
+        async def until_gone() -> Any:
             await gone.wait()
             return {"type": "http.disconnect"}
 
@@ -112,7 +108,7 @@ class RayReplica:
 
         async def run() -> None:
             try:
-                await self.app(scope, receive, send)
+                await self.app(scope, replayed(body, until_gone), send)
             finally:
                 await messages.put(None)
 
@@ -169,11 +165,7 @@ class RayIngress:
                 head["status"],
                 {name.decode("latin-1"): value.decode("latin-1") for name, value in head["headers"]},
             )
-        return error_response(
-            EngineDeadError(
-                f"{MOST_DEATHS} times a replica ended while it answered this request; it is not tried again."
-            )
-        )
+        return error_response(too_many_deaths())
 
 
 async def _rest(messages: AsyncIterator[Message], first: Message) -> AsyncGenerator[bytes, None]:
@@ -182,9 +174,7 @@ async def _rest(messages: AsyncIterator[Message], first: Message) -> AsyncGenera
         async for message in messages:
             yield message.get("body", b"")
     except _LOST:
-        yield event(
-            error_text(EngineDeadError("The replica that wrote this answer has ended; ask again."))
-        ).encode()
+        yield broken_off()
 
 
 def ray_application(

@@ -210,13 +210,16 @@ def sample(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     scores = (logits.double() - logits.max(-1, keepdim=True).values) / heat.to(logits.device)[:, None]
     draws = torch.tensor([[chooser.draw()] for chooser in choosers], dtype=torch.float64).to(logits.device)
     cut = [i for i, s in enumerate(settings) if s.top_k or s.top_p < 1]
+    whole = [i for i, s in enumerate(settings) if not (s.top_k or s.top_p < 1)]
+    if not whole:  # mostly all rows are of one kind: then none of them is copied
+        return _cut(scores, draws, settings)
+    if not cut:
+        return _whole(scores, draws, settings)
     result = [0] * len(choosers)
-    for some in (cut, [i for i in range(len(choosers)) if i not in cut]):
-        if some:
-            of = _cut if some is cut else _whole
-            drawn = of(scores[some], draws[some], [settings[i] for i in some])
-            for i, token in zip(some, drawn, strict=True):
-                result[i] = token
+    for some, of in ((cut, _cut), (whole, _whole)):
+        drawn = of(scores[some], draws[some], [settings[i] for i in some])
+        for i, token in zip(some, drawn, strict=True):
+            result[i] = token
     return result
 
 
@@ -226,7 +229,9 @@ def _whole(scores: Tensor, draws: Tensor, settings: Sequence[Sampling]) -> list[
 
 def _cut(scores: Tensor, draws: Tensor, settings: Sequence[Sampling]) -> list[int]:
     vocabulary = scores.shape[-1]
-    total = scores.exp().sum(-1, keepdim=True)
+    # The whole mass is needed only where top_k leaves all tokens.
+    every = any(not s.top_k or s.top_k >= vocabulary for s in settings)
+    total = scores.exp().sum(-1, keepdim=True) if every else scores.new_zeros(())
     kept = torch.tensor([s.top_k or vocabulary for s in settings], device=scores.device)[:, None]
     reach = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=scores.device)[:, None]
     # Sorting the whole vocabulary is dear and rarely needed: a few hundred tokens mostly hold the mass.

@@ -137,18 +137,16 @@ def make_version(state: AdapterState, name: str, version: int, source: str) -> A
 
 def content_digest(state: AdapterState) -> str:
     """SHA-256 in hex over what an adapter is: equal for equal content, whatever file or folder it lies in."""
-    spec = state.spec
+    spec, ordered = state.spec, _ordered(state)
     described = {
         "methods": {path: method.to_json() for path, method in spec.methods.items()},
         "shapes": {path: vars(shape) for path, shape in spec.shapes.items()},
         "info": _without_places(spec.info),
-        "tensors": [
-            (path, name, CODES[tensor.dtype], tuple(tensor.shape)) for path, name, tensor in _ordered(state)
-        ],
+        "tensors": [(path, name, CODES[tensor.dtype], tuple(tensor.shape)) for path, name, tensor in ordered],
     }
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=True, default=repr)
     digest = hashlib.sha256(text.encode("utf-8"))
-    for _, _, tensor in _ordered(state):
+    for _, _, tensor in ordered:
         flat = tensor.detach().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -195,8 +193,9 @@ def _compacted(state: AdapterState) -> AdapterState:
     def compact(tensor: Tensor) -> Tensor:
         at = tensor.untyped_storage().data_ptr()
         tensor = tensor.detach().cpu()
-        alone = tensor.clone(memory_format=torch.contiguous_format)
-        return alone if used[at] != size[at] or not tensor.is_contiguous() else tensor
+        if used[at] == size[at] and tensor.is_contiguous():
+            return tensor
+        return tensor.clone(memory_format=torch.contiguous_format)
 
     tensors = {path: {n: compact(t) for n, t in group.items()} for path, group in state.tensors.items()}
     shared = {name: compact(t) for name, t in state.shared.items()}

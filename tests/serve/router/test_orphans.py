@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import threading
 from pathlib import Path
 
 import httpx
@@ -13,7 +11,7 @@ import pytest
 
 from lorakit.cli.app import run
 from tests.serve.http_world import save_world, until
-from tests.serve.test_http import Program, stream
+from tests.serve.program import Program, end_in_the_middle
 
 pytestmark = pytest.mark.slow
 
@@ -44,12 +42,4 @@ def test_a_base_that_cannot_be_served(capfd: pytest.CaptureFixture[str], tmp_pat
 
 def test_what_outlasts_the_grace_is_told_so(tmp_path: Path) -> None:
     program = Program(save_world(tmp_path), "--replicas", 2, "--grace", 0.2, "-a", tmp_path / "adapters")
-    events: list[str] = []
-    begun = threading.Event()
-    reader = threading.Thread(target=stream, args=(program, 950, events, begun))
-    reader.start()
-    assert begun.wait(20)
-    program.process.send_signal(signal.SIGTERM)
-    reader.join(60)
-    assert json.loads(events[-1])["error"]["code"] == "shutting_down"
-    assert program.end()[0] == 0
+    end_in_the_middle(program)

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from lorakit.errors import ClientDisconnectedError, EngineDeadError
+from lorakit.errors import EngineDeadError
 from lorakit.serve.router.fleet import Fleet
-from lorakit.serve.router.passing import MOST_DEATHS, Asked, answered, pass_back, passed_headers, unless_gone
+from lorakit.serve.router.passing import MOST_DEATHS, Asked, answered, pass_back, passed_headers
 from lorakit.serve.router.placement import rendezvous
 from lorakit.serve.router.replica import Replica
 
@@ -204,24 +204,3 @@ def test_headers_of_the_connection_stay_behind() -> None:
         "Accept-Encoding": "identity",
         "X-Forwarded-For": "10.0.0.1",
     }
-
-
-def test_work_for_a_client_that_went_away_is_given_up() -> None:
-    ended = []
-
-    async def work() -> None:
-        try:
-            await asyncio.sleep(60)
-        finally:
-            ended.append(True)
-
-    async def receive() -> dict[str, str]:
-        await asyncio.sleep(0.01)
-        return {"type": "http.disconnect"}
-
-    async def go() -> None:
-        with pytest.raises(ClientDisconnectedError):
-            await unless_gone(receive, work())
-
-    asyncio.run(go())
-    assert ended == [True]

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.serve.http_world import chat, error_of, save_adapter, save_world, until
-from tests.serve.test_http import Program
+from tests.serve.program import Program
 
 KEYS = {
     "keys": [

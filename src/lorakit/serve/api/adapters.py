@@ -22,15 +22,20 @@ def _service(request: Request) -> tuple[Service, Tenant]:
     return request.app.state.service, request.scope["state"]["record"].tenant
 
 
+def _managed(request: Request) -> Service:
+    """The same for who may manage adapters."""
+    service, tenant = _service(request)
+    tenant.require_admin()
+    return service
+
+
 # ---- models
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """The base and every adapter that the key may use."""
     service, tenant = _service(request)
-    entries = [entry for entry in service.server.store.list() if tenant.sees(entry.name)]
-    return JSONResponse(
-        {"object": "list", "data": [_base(service), *(_model(service, entry) for entry in entries)]}
-    )
+    models = [_base(service), *(_model(service, entry) for entry in service.entries(tenant))]
+    return JSONResponse({"object": "list", "data": models})
 
 
 @router.get("/v1/models/{name:path}")
@@ -57,17 +62,8 @@ def _base(service: Service) -> dict[str, Any]:
 
 
 def _model(service: Service, entry: AdapterEntry) -> dict[str, Any]:
-    server = service.server
-    return {
-        "id": entry.name,
-        "object": "model",
-        "created": server.created,
-        "owned_by": "lorakit",
-        "root": entry.alias_of or entry.name,
-        "parent": server.name,
-        "digest": entry.digest,
-        "max_model_len": server.runner.context,
-    }
+    own = {"id": entry.name, "root": entry.alias_of or entry.name, "digest": entry.digest}
+    return {**_base(service), **own, "parent": service.server.name}
 
 
 # ---- adapters
@@ -75,7 +71,7 @@ def _model(service: Service, entry: AdapterEntry) -> dict[str, Any]:
 async def list_adapters(request: Request) -> Response:
     """Every adapter that the key may use, with what is known of it."""
     service, tenant = _service(request)
-    entries = [describe(entry) for entry in service.server.store.list() if tenant.sees(entry.name)]
+    entries = [describe(entry) for entry in service.entries(tenant)]
     return JSONResponse({"object": "list", "data": entries})
 
 
@@ -89,8 +85,7 @@ async def show_adapter(request: Request, name: str) -> Response:
 @router.post("/v1/adapters", status_code=201)
 async def load_adapter(request: Request, asked: LoadAdapter) -> Response:
     """Read an adapter from the server's adapter folder into memory."""
-    service, tenant = _service(request)
-    tenant.require_admin()
+    service = _managed(request)
     version = await _load(service, asked.name, asked.source or asked.name, asked.pinned, asked.if_exists)
     entry = describe(service.server.store.entry(asked.name))
     return JSONResponse({**entry, "version": version.version, "digest": version.digest}, 201)
@@ -99,8 +94,7 @@ async def load_adapter(request: Request, asked: LoadAdapter) -> Response:
 @router.delete("/v1/adapters/{name:path}")
 async def unload_adapter(request: Request, name: str, force: bool = False) -> Response:
     """Take an adapter's name away at once; its memory is freed when the last request that uses it is done."""
-    service, tenant = _service(request)
-    tenant.require_admin()
+    service = _managed(request)
     _only(request, "force")
     report = _unload(service, name, force=force)
     return JSONResponse(
@@ -111,8 +105,7 @@ async def unload_adapter(request: Request, name: str, force: bool = False) -> Re
 @router.post("/v1/adapters/{name:path}/pin")
 async def pin_adapter(request: Request, name: str, asked: PinAdapter | None = None) -> Response:
     """Keep an adapter in memory whatever happens, or no longer."""
-    service, tenant = _service(request)
-    tenant.require_admin()
+    service = _managed(request)
     pinned = asked.pinned if asked is not None else True
     return JSONResponse(describe(service.server.store.pin(str(parse_id(name, param="name")), pinned)))
 
@@ -120,8 +113,7 @@ async def pin_adapter(request: Request, name: str, asked: PinAdapter | None = No
 @router.post("/v1/adapters/{name:path}/alias", status_code=201)
 async def alias_adapter(request: Request, name: str, asked: AliasAdapter) -> Response:
     """Give what a name means now a further name, which stays with that version."""
-    service, tenant = _service(request)
-    tenant.require_admin()
+    service = _managed(request)
     return JSONResponse(
         describe(service.server.store.alias(asked.alias, str(parse_id(name, param="name")))), 201
     )
@@ -131,8 +123,7 @@ async def alias_adapter(request: Request, name: str, asked: AliasAdapter) -> Res
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(request: Request, asked: VllmLoad) -> Response:
     """VLLM's way to load an adapter; the path is one in the server's adapter folder."""
-    service, tenant = _service(request)
-    tenant.require_admin()
+    service = _managed(request)
     await _load(
         service, asked.lora_name, asked.lora_path, False, "replace" if asked.load_inplace else "error"
     )
@@ -142,8 +133,7 @@ async def load_lora_adapter(request: Request, asked: VllmLoad) -> Response:
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(request: Request, asked: VllmUnload) -> Response:
     """VLLM's way to unload one."""
-    service, tenant = _service(request)
-    tenant.require_admin()
+    service = _managed(request)
     _unload(service, asked.lora_name, force=False)
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -30,7 +31,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer a conversation, rendered with the model's own chat template."""
     service: Service = request.app.state.service
     record: RequestRecord = request.scope["state"]["record"]
-    return await unless_gone(request, _answer(service, record, asked))
+    return await unless_gone(request.receive, _answer(service, record, asked))
 
 
 async def _answer(service: Service, record: RequestRecord, asked: ChatRequest) -> Response:
@@ -136,13 +137,9 @@ async def _stream(
         elif what.text:
             yield chunk(index, {"content": what.text})
 
-    def closing() -> Iterator[str]:
-        if asked.usage_wanted:
-            yield event(json.dumps({**head, "choices": [], "usage": usage(record)}))
-        yield DONE
-
     opening = [chunk(index, {"role": "assistant", "content": ""}) for index in range(asked.n or 1)]
-    return await event_stream(record, followed, say, opening=opening, closing=closing)
+    ends = partial(closing, record, head, usage_wanted=asked.usage_wanted)
+    return await event_stream(record, followed, say, opening=opening, closing=ends)
 
 
 def _logprobs(texts: TokenTexts, tokens: list[TokenEvent]) -> dict[str, Any]:
@@ -168,6 +165,13 @@ def _logprob(texts: TokenTexts, token_id: int, logprob: float | None) -> dict[st
 def number(logprob: float | None) -> float | None:
     """A log-probability as JSON can hold it: OpenAI, too, writes -9999 for what has no probability at all."""
     return None if logprob is None else max(float(logprob), -9999.0)
+
+
+def closing(record: RequestRecord, head: dict[str, Any], *, usage_wanted: bool) -> Iterator[str]:
+    """The last events of a stream: the usage if it is wanted, and the word that says that this was all."""
+    if usage_wanted:
+        yield event(json.dumps({**head, "choices": [], "usage": usage(record)}))
+    yield DONE
 
 
 def usage(record: RequestRecord) -> dict[str, int]:

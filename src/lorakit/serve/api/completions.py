@@ -7,14 +7,15 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from lorakit.errors import InvalidRequestError
-from lorakit.serve.api.chat import number, usage
-from lorakit.serve.api.events import DONE, Followed, event, event_stream, unless_gone
+from lorakit.serve.api.chat import closing, number, usage
+from lorakit.serve.api.events import Followed, event, event_stream, unless_gone
 from lorakit.serve.api.record import RequestRecord
 from lorakit.serve.api.sampling import request_maker
 from lorakit.serve.api.schemas import MOST_CHOICES, CompletionRequest
@@ -33,7 +34,7 @@ async def completions(request: Request, asked: CompletionRequest) -> Response:
     """Go on from one or several prompts."""
     service: Service = request.app.state.service
     record: RequestRecord = request.scope["state"]["record"]
-    return await unless_gone(request, _answer(service, record, asked))
+    return await unless_gone(request.receive, _answer(service, record, asked))
 
 
 async def _answer(service: Service, record: RequestRecord, asked: CompletionRequest) -> Response:
@@ -144,13 +145,9 @@ async def _stream(
         elif what.text or asked.logprobs is not None:
             yield chunk(index, what.text, [what])
 
-    def closing() -> Iterator[str]:
-        if asked.usage_wanted:
-            yield event(json.dumps({**head, "choices": [], "usage": usage(record)}))
-        yield DONE
-
     opening = [chunk(index, choice.echo) for index, choice in enumerate(choices) if choice.echo]
-    return await event_stream(record, followed, say, opening=opening, closing=closing)
+    ends = partial(closing, record, head, usage_wanted=asked.usage_wanted)
+    return await event_stream(record, followed, say, opening=opening, closing=ends)
 
 
 def _logprobs(texts: TokenTexts, tokens: Sequence[TokenEvent], choice: _Choice) -> dict[str, Any]:

@@ -122,6 +122,8 @@ def _response(status: int, body: dict[str, Any], retry_after: float | None, code
     headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
     if code == "invalid_api_key":
         headers["WWW-Authenticate"] = "Bearer"
+    if status == 408:  # what of the body still comes would be taken for the next request
+        headers["Connection"] = "close"
     # A message may repeat a lone surrogate of the request; JSON escapes it, UTF-8 could not.
     return Response(json.dumps(body), status, headers, media_type="application/json")
 

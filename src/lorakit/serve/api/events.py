@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -29,13 +28,17 @@ def event(text: str) -> str:
     return f"data: {text}\n\n"
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The result of some work, which is given up when the client goes away.
+
+    Args:
+        receive: Tells when it has; the body has been received before.
+        work: What to do.
 
     Raises:
         ClientDisconnectedError: It did.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

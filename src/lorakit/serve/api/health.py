@@ -9,7 +9,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from lorakit.errors import EngineDeadError, ShuttingDownError
 from lorakit.serve.api.service import Service
 
 router = APIRouter()
@@ -26,10 +25,7 @@ async def live() -> Response:
 async def ready(request: Request) -> Response:
     """200 when requests are taken; 503 while the engine is down or the server is about to stop."""
     service: Service = request.app.state.service
-    if service.draining:
-        raise ShuttingDownError("The server is about to stop and takes on nothing new.")
-    if not service.server.engine.alive:
-        raise EngineDeadError("The engine has stopped; it is being started again.")
+    service.check_open()
     return JSONResponse({"status": "ready", "model": service.server.name})
 
 

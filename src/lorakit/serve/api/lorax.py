@@ -18,6 +18,7 @@ from lorakit.serve.api.record import RequestRecord
 from lorakit.serve.api.sampling import request_maker
 from lorakit.serve.api.schemas import Generation, LoraxParameters, LoraxRequest
 from lorakit.serve.api.service import Service
+from lorakit.serve.mixes import mix_name
 from lorakit.serve.requests import FinishEvent, TokenEvent
 from lorakit.serve.versions import parse_id
 
@@ -27,13 +28,13 @@ router = APIRouter()
 @router.post("/generate")
 async def generate(request: Request, asked: LoraxRequest) -> Response:
     """Go on from a text, the whole answer at once."""
-    return await unless_gone(request, _answer(request, asked, stream=False))
+    return await unless_gone(request.receive, _answer(request, asked, stream=False))
 
 
 @router.post("/generate_stream")
 async def generate_stream(request: Request, asked: LoraxRequest) -> Response:
     """Go on from a text, token by token."""
-    return await unless_gone(request, _answer(request, asked, stream=True))
+    return await unless_gone(request.receive, _answer(request, asked, stream=True))
 
 
 async def _answer(request: Request, asked: LoraxRequest, *, stream: bool) -> Response:
@@ -81,7 +82,7 @@ def _wanted(service: Service, parameters: LoraxParameters) -> Wanted:
                 "merged_adapters names an adapter twice.", param="parameters.merged_adapters"
             )
         weights = dict(zip((str(parse_id(name)) for name in mix.ids), mix.weights, strict=True))
-        return Wanted("+".join(f"{name}:{weight:g}" for name, weight in weights.items()), mix=weights)
+        return Wanted(mix_name(weights), mix=weights)
     if not parameters.adapter_id or parameters.adapter_id == service.server.name:
         return Wanted(service.server.name)
     return Wanted(

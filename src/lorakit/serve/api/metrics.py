@@ -35,8 +35,7 @@ class Metrics:
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             made = Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry)
-            made.labels(server.name)
-            return made
+            return made.labels(server.name)
 
         self._first = histogram("vllm:time_to_first_token_seconds", "Until the first token.", _SECONDS)
         self._between = histogram("vllm:inter_token_latency_seconds", "Between two tokens.", _BETWEEN)
@@ -48,8 +47,8 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=self.registry)
 
-        self._prompt = counter("vllm:prompt_tokens", "Tokens read.", "model_name")
-        self._written = counter("vllm:generation_tokens", "Tokens written.", "model_name")
+        self._prompt = counter("vllm:prompt_tokens", "Tokens read.", "model_name").labels(server.name)
+        self._written = counter("vllm:generation_tokens", "Tokens written.", "model_name").labels(server.name)
         self._success = counter(
             "vllm:request_success", "Answers, by why they ended.", "model_name", "finished_reason"
         )
@@ -61,13 +60,11 @@ class Metrics:
             "lorakit_adapter_first_token_seconds", "Sum of the times until the first token.", "adapter"
         )
         self._tenants = counter("lorakit_tenant_generated_tokens", "Tokens written.", "tenant")
-        for tokens in (self._prompt, self._written):
-            tokens.labels(server.name)
         self.registry.register(_Live(server))
 
     def between(self, seconds: float) -> None:
         """Two tokens of an answer came this far apart."""
-        self._between.labels(self._model).observe(seconds)
+        self._between.observe(seconds)
 
     def count(self, record: RequestRecord) -> None:
         """A request is over."""
@@ -77,20 +74,20 @@ class Metrics:
             return
         name = adapter_label(record.adapter)
         self._requests.labels(name).inc()
-        self._prompt.labels(self._model).inc(record.prompt_tokens)
+        self._prompt.inc(record.prompt_tokens)
         self._adapter_prompt.labels(name).inc(record.prompt_tokens)
-        self._written.labels(self._model).inc(record.completion_tokens)
+        self._written.inc(record.completion_tokens)
         self._adapter_written.labels(name).inc(record.completion_tokens)
         if record.tenant.name is not None:
             self._tenants.labels(record.tenant.name).inc(record.completion_tokens)
         for reason in record.finish:
             self._success.labels(self._model, reason).inc()
         if record.first_token is not None:
-            self._first.labels(self._model).observe(record.first_token)
+            self._first.observe(record.first_token)
             self._adapter_first.labels(name).inc(record.first_token)
         if record.queued is not None:
-            self._queued.labels(self._model).observe(record.queued)
-        self._whole.labels(self._model).observe(record.age)
+            self._queued.observe(record.queued)
+        self._whole.observe(record.age)
 
 
 def adapter_label(version: str | None) -> str:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorakit.errors import (
     ConfigError,
     ContextLengthError,
+    EngineDeadError,
     InvalidRequestError,
     MissingDependencyError,
     ModelNotFoundError,
     RequestAbortedError,
+    ShuttingDownError,
     near_matches,
 )
 from lorakit.models.conversation import ConversationRenderer
@@ -29,10 +31,12 @@ from lorakit.serve.api.metrics import Metrics
 from lorakit.serve.api.naming import Wanted, parse_model
 from lorakit.serve.api.record import RequestRecord
 from lorakit.serve.api.tokens import TokenTexts
+from lorakit.serve.mixes import mix_name
 from lorakit.serve.requests import Event, FinishEvent, GenerationRequest, TokenEvent
 from lorakit.serve.versions import Lease
 
 if TYPE_CHECKING:
+    from lorakit.serve.entries import AdapterEntry
     from lorakit.serve.server import Server
     from lorakit.serve.stream import Stream
 
@@ -86,7 +90,23 @@ class Service:
         # One thread: tokenizers change their own settings while they encode, and must not be called from several.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="lorakit-encode")
 
+    def check_open(self) -> None:
+        """Refuse what would not be answered.
+
+        Raises:
+            ShuttingDownError: Nothing new is taken on.
+            EngineDeadError: The engine does not run.
+        """
+        if self.draining:
+            raise ShuttingDownError("The server is about to stop and takes on nothing new.")
+        if not self.server.engine.alive:
+            raise EngineDeadError("The engine has stopped; it is being started again.")
+
     # ---- from names to leases
+    def entries(self, tenant: Tenant) -> list[AdapterEntry]:
+        """Every adapter that a tenant may use."""
+        return [entry for entry in self.server.store.list() if tenant.sees(entry.name)]
+
     def wanted(self, text: str, tenant: Tenant) -> Wanted:
         """What a request names, if it exists for this tenant.
 
@@ -125,7 +145,7 @@ class Service:
             raise self._unknown(wanted, tenant) from error  # the store's own words name what others have
 
     def _unknown(self, wanted: Wanted, tenant: Tenant) -> ModelNotFoundError:
-        names = {entry.name for entry in self.server.store.list() if tenant.sees(entry.name)}
+        names = {entry.name for entry in self.entries(tenant)}
         missing = next((n for n in wanted.names if n.partition("@")[0] not in names), wanted.text)
         return ModelNotFoundError(
             f"There is no model {missing!r} here.{near_matches(missing, [self.server.name, *sorted(names)])}"
@@ -228,7 +248,7 @@ class Service:
     @staticmethod
     def _label(lease: Lease, wanted: Wanted) -> str:
         if wanted.mix:
-            return "+".join(f"{name}:{weight:g}" for name, weight in wanted.mix.items())
+            return mix_name(wanted.mix)
         return f"{lease.version.name}@{lease.version.version}"
 
     def _submit_one(self, construct: Make, lease: Lease | None) -> Stream:

@@ -6,24 +6,23 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from typing import Any
 from urllib.parse import quote
 
 import httpx
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from lorakit.errors import ClientDisconnectedError, EngineDeadError, InvalidRequestError, ShuttingDownError
+from lorakit.errors import ShuttingDownError
 from lorakit.serve.api.auth import Keys
-from lorakit.serve.api.errors import as_serve_error, error_response
+from lorakit.serve.api.events import unless_gone
+from lorakit.serve.api.exchange import answer_failure, read_body, record_of, stamped
 from lorakit.serve.api.gate import ANSWERING
 from lorakit.serve.api.limits import Admission, Limits
-from lorakit.serve.api.record import CLIENT_GONE, RequestRecord, request_id
 from lorakit.serve.router.changing import change_all
 from lorakit.serve.router.fleet import Fleet
-from lorakit.serve.router.passing import Asked, answered, pass_back, passed_headers, unless_gone
+from lorakit.serve.router.passing import Asked, answered, none_ready, pass_back, passed_headers
 from lorakit.serve.router.totals import added, merged, merged_lists, metrics_text
 
 _LISTS = ("/v1/models", "/v1/adapters")
@@ -49,70 +48,29 @@ class Router:
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
-        record = RequestRecord(
-            id=request_id(headers.get("x-request-id")),
-            method=scope["method"],
-            path=scope["path"][:300],
-            client=scope["client"][0] if scope.get("client") else None,
-        )
-
-        async def stamped(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                record.status = message["status"]
-                added_headers = MutableHeaders(scope=message)
-                added_headers["X-Request-Id"] = record.id
-                added_headers["X-Content-Type-Options"] = "nosniff"
-            await send(message)
-
+        record = record_of(scope, headers)
+        send = stamped(send, record)
         try:
             with ExitStack() as held:
                 if scope["path"] in ANSWERING and scope["method"] == "POST":
-                    if self.draining:
-                        raise ShuttingDownError("The server is about to stop and takes on nothing new.")
+                    self._check_open()
                     record.tenant = self.keys.tenant(headers.get("authorization"))
                     held.enter_context(self.admission.request(record.tenant))
                 hold = held.enter_context(self.admission.body())
-                body = await self._body(headers, receive, hold)
+                body = await read_body(headers, receive, self.admission, hold)
                 target = quote(scope["path"], safe="/@:+,;=~!$&'()*")
                 if scope["query_string"]:
                     target += "?" + scope["query_string"].decode("latin-1")
                 passed = passed_headers(headers, record.id, record.client)
                 asked = Asked(scope["method"], target, passed, body, record.id)
-                await unless_gone(receive, self._answer(scope, receive, stamped, asked, headers))
+                await unless_gone(receive, self._answer(scope, receive, send, asked, headers))
         except Exception as error:
-            told = as_serve_error(error, record)
-            record.error = told.code
-            if isinstance(told, ClientDisconnectedError):
-                record.status = CLIENT_GONE
-            elif record.status is None:
-                await error_response(told, record)(scope, receive, stamped)
-            else:  # part of the answer is gone: what is left is to end the connection
-                raise
+            await answer_failure(error, record, scope, receive, send)
             record.write()  # what a replica answered is in its log
 
-    async def _body(self, headers: Headers, receive: Receive, hold: Any) -> bytes:
-        announced = headers.get("content-length", "")
-        if announced.isdigit():
-            self.admission.check_length(int(announced))
-        seconds = self.admission.limits.body_seconds
-
-        async def read() -> bytes:
-            parts: list[bytes] = []
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnectedError("The client went away while it sent its request.")
-                hold(len(message.get("body", b"")))
-                parts.append(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-
-        try:
-            return await asyncio.wait_for(read(), seconds)
-        except asyncio.TimeoutError as error:
-            raise InvalidRequestError(
-                f"The body of the request did not come within {seconds:g} seconds.", status=408
-            ) from error
+    def _check_open(self) -> None:
+        if self.draining:
+            raise ShuttingDownError("The server is about to stop and takes on nothing new.")
 
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, asked: Asked, headers: Headers
@@ -142,11 +100,10 @@ class Router:
             await pass_back(self.fleet, answer, send)
 
     def _ready(self) -> Response:
-        if self.draining:
-            raise ShuttingDownError("The server is about to stop and takes on nothing new.")
+        self._check_open()
         ready = len(self.fleet.ready)
         if not ready:
-            raise EngineDeadError("No replica takes requests; they are being started again.")
+            raise none_ready()
         base = self.fleet.catalog.base
         body = {"status": "ready", "model": base, "replicas": len(self.fleet.replicas), "ready": ready}
         return JSONResponse(body)
@@ -156,7 +113,7 @@ class Router:
         good = {index: answer.json() for index, answer in answers.items() if answer.is_success}
         if not good:
             if not answers:
-                raise EngineDeadError("No replica takes requests; they are being started again.")
+                raise none_ready()
             return _of(next(iter(answers.values())))
         if asked.target.partition("?")[0] in _LISTS:
             data = merged_lists({index: body["data"] for index, body in good.items()})

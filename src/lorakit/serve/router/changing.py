@@ -33,7 +33,7 @@ async def change_all(fleet: Fleet, asked: Asked) -> httpx.Response:
             answers = await _ask_all(fleet, asked)
         made = {index: answer for index, answer in answers.items() if answer.is_success}
         refused = {index: answer for index, answer in answers.items() if not answer.is_success}
-        if asked.method == "DELETE" or asked.target == "/v1/unload_lora_adapter":
+        if _takes_away(asked):
             # A replica that never read it may have nothing to take away.
             refused = {i: answer for i, answer in refused.items() if answer.status_code != 404 or not made}
         if not answers:
@@ -43,7 +43,7 @@ async def change_all(fleet: Fleet, asked: Asked) -> httpx.Response:
                 await _undo(fleet, asked, made)
             return next(iter(refused.values()))
         fleet.changes.append(Change(asked.method, asked.target, asked.body))
-        if asked.method == "DELETE" or asked.target == "/v1/unload_lora_adapter":
+        if _takes_away(asked):
             fleet.catalog.forget(_name(asked))
         await asyncio.gather(*(fleet.look(fleet.replicas[index]) for index in made))
         return _together(made)
@@ -70,6 +70,10 @@ async def _ask_all(fleet: Fleet, asked: Asked, only: list[int] | None = None) ->
 def _is_of_known(asked: Asked) -> bool:
     """Whether it is done to an adapter that must have been read before: pinning it, naming it."""
     return asked.method == "POST" and asked.target.endswith(("/pin", "/alias"))
+
+
+def _takes_away(asked: Asked) -> bool:
+    return asked.method == "DELETE" or asked.target == "/v1/unload_lora_adapter"
 
 
 async def _have_read(fleet: Fleet, asked: Asked, replicas: list[int]) -> None:

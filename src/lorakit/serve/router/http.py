@@ -5,25 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-import signal
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-
-import uvicorn
 
 from lorakit.serve.api.auth import Keys
 from lorakit.serve.api.limits import Limits
-from lorakit.serve.api.record import log, log_to_stderr
+from lorakit.serve.api.record import log_to_stderr
+from lorakit.serve.graceful import LAST_WORDS_SECONDS, GracefulServer
 from lorakit.serve.router.app import Router, router_keys, running
 from lorakit.serve.router.fleet import Fleet
 from lorakit.serve.router.replica import Replica
-
-_LAST_WORDS_SECONDS = 5.0  # after the grace: for telling the clients of what was ended
 
 
 def serve_replicas(
@@ -74,69 +68,26 @@ def serve_replicas(
                 if started is not None:
                     started(replicas[0].told)
                 router = Router(fleet, known, limits)
-                await _uvicorn(router, address, grace, ready or (lambda url: None)).serve([address])
+                await _Uvicorn(router, address, grace, ready or (lambda url: None)).serve([address])
 
         asyncio.run(serve())
 
 
-def _uvicorn(
-    router: Router, listening: socket.socket, grace: float, ready: Callable[[str], None]
-) -> _Uvicorn:
-    config = uvicorn.Config(
-        router,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        lifespan="off",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(_LAST_WORDS_SECONDS),
-    )
-    host, port = listening.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    return _Uvicorn(config, router, grace, lambda: ready(url))
-
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn, which is told to stop only when the answers in hand are complete."""
+class _Uvicorn(GracefulServer):
+    """The router's."""
 
     def __init__(
-        self, config: uvicorn.Config, router: Router, grace: float, ready: Callable[[], None]
+        self, router: Router, listening: socket.socket, grace: float, ready: Callable[[str], None]
     ) -> None:
-        super().__init__(config)
-        self.router, self._grace, self._ready = router, grace, ready
-        self._ending: float | None = None
+        super().__init__(router, router, listening, grace, ready, lifespan="off", proxy_headers=False)
+        self._fleet = router.fleet
         self._hurried: float | None = None
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._ready()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the end; a second one makes it short."""
-        if self._ending is None:
-            self._ending = time.monotonic()
-            self.router.draining = True
-        else:
-            self._grace = 0.0
-            self.force_exit = self.should_exit and sig == signal.SIGINT
-
-    async def on_tick(self, counter: int) -> bool:
-        if self._ending is not None and not self.should_exit:
-            await self._end(time.monotonic())
-        return await super().on_tick(counter)
-
-    async def _end(self, now: float) -> None:
-        left = self.router.admission.in_flight
-        if left and now - (self._ending or now) < self._grace:
-            return
-        if left and self._hurried is None:  # each of them is answered with an error of its own
-            self._hurried = now
-            await self.router.fleet.hurry()
-        if left and now - (self._hurried or now) < _LAST_WORDS_SECONDS:
-            return
-        facts = {"event": "stopping", "waited_ms": round((now - (self._ending or now)) * 1000)}
-        log.info("stopping", extra={"facts": {**facts, "ended_unfinished": left}})
-        self.should_exit = True
+    async def _end(self, left: int, since: float) -> bool:
+        if left:
+            if self._hurried is None:  # each of them is answered with an error of its own
+                self._hurried = since
+                await self._fleet.hurry()
+            if since - self._hurried < LAST_WORDS_SECONDS:
+                return False
+        return await super()._end(left, since)

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import httpx
-from starlette.types import Receive, Send
+from starlette.types import Send
 
-from lorakit.errors import ClientDisconnectedError, EngineDeadError
+from lorakit.errors import EngineDeadError
 from lorakit.serve.api.errors import error_text
 from lorakit.serve.api.events import event
 from lorakit.serve.api.record import log
-from lorakit.serve.router.fleet import Fleet, cancelled
+from lorakit.serve.router.fleet import Fleet
 from lorakit.serve.router.placement import rendezvous
 from lorakit.serve.router.replica import Replica
-
-T = TypeVar("T")
 
 PATIENCE_SECONDS = 60.0
 """How long a request waits for a replica when none takes requests: the time to start one again."""
@@ -127,7 +124,7 @@ async def _found(fleet: Fleet, asked: Asked, key: str | None, patience: float) -
             if refusal is not None:
                 return refusal
             if time.monotonic() > end:
-                raise EngineDeadError("No replica takes requests; they are being started again.")
+                raise none_ready()
             tried.clear()
             await asyncio.sleep(0.05)
             continue
@@ -138,9 +135,7 @@ async def _found(fleet: Fleet, asked: Asked, key: str | None, patience: float) -
             fleet.failed(replica, error)
             deaths += not isinstance(error, httpx.ConnectError)
             if deaths == MOST_DEATHS:
-                raise EngineDeadError(
-                    f"{deaths} times a replica ended while it answered this request; it is not tried again."
-                ) from error
+                raise too_many_deaths() from error
             why = type(error).__name__
         else:
             if answer.response.status_code not in _ELSEWHERE:
@@ -192,6 +187,25 @@ async def _events(response: httpx.Response) -> AsyncGenerator[bytes, None]:
         yield held
 
 
+def none_ready() -> EngineDeadError:
+    """What a client is told when there is nobody to answer."""
+    return EngineDeadError("No replica takes requests; they are being started again.")
+
+
+def too_many_deaths() -> EngineDeadError:
+    """What a client is told whose request `MOST_DEATHS` replicas did not survive."""
+    return EngineDeadError(
+        f"{MOST_DEATHS} times a replica ended while it answered this request; it is not tried again."
+    )
+
+
+def broken_off() -> bytes:
+    """The last event of a stream whose replica has died."""
+    return event(
+        error_text(EngineDeadError("The replica that wrote this answer has ended; ask again."))
+    ).encode()
+
+
 async def pass_back(fleet: Fleet, answer: Answer, send: Send) -> None:
     """Send an answer to the client; a stream whose replica dies ends with an error that says so."""
     head = {"type": "http.response.start", "status": answer.response.status_code, "headers": answer.head}
@@ -206,30 +220,5 @@ async def pass_back(fleet: Fleet, answer: Answer, send: Send) -> None:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
     except httpx.TransportError as error:
         fleet.failed(answer.replica, error)
-        last = event(
-            error_text(EngineDeadError("The replica that wrote this answer has ended; ask again."))
-        ).encode()
+        last = broken_off()
     await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of some work, which is given up when the client goes away.
-
-    Raises:
-        ClientDisconnectedError: It went away.
-    """
-
-    async def until_gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    task, gone = asyncio.ensure_future(work), asyncio.create_task(until_gone())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnectedError("The client went away before its answer was complete.")
-    finally:
-        await cancelled(gone)
-        if not task.done():
-            await cancelled(task)
