@@ -19,7 +19,7 @@ from lorakit.train import Recipe, evaluate, train
 from lorakit.train.merging import merge_to_folder
 from tests.tiny_chat import write_rows
 from tests.tiny_encoder import kind_rows, save_tiny_encoder
-from tests.train.test_trainer import StopAt, assert_equal
+from tests.train.test_trainer import assert_resumes
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -90,11 +90,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(recipe: MakeRecipe) -> None:
         "adapter": {"r": 4, "loftq_iterations": 2},
     }
     settings: dict[str, Any] = {"max_steps": 4, "sections": sections}
-    whole = train(recipe("whole", **settings))
-    train(recipe("parts", **settings), progress=StopAt(2))
-    resumed = train(recipe("parts", **settings), resume=True)
-    assert resumed.losses == whole.losses
-    assert_equal(resumed.adapter, whole.adapter)
+    assert_resumes(lambda output: recipe(output, **settings), 2)
 
 
 def test_a_qlora_is_merged_into_the_dense_base_and_a_loftq_is_not(kinds: MakeRecipe, tmp_path: Path) -> None:

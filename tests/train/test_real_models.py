@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lorakit.train import Recipe, Silent, TrainResult, evaluate, load_examples, train
-from lorakit.train.data import has_split
-from lorakit.train.data_sections import LabelledData
-from lorakit.train.labelled import load_texts
+from lorakit.train import Recipe, Silent, TrainResult, evaluate, train
+from lorakit.train.tasks import task_of
 from tests.tiny_chat import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -28,15 +26,11 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_sound_and_their_data_can_be_read(path: Path) -> None:
     recipe = Recipe.from_file(path)
+    task = task_of(recipe)
     for split in ("train", "valid", "test"):
         named = getattr(recipe.data, split)
-        if has_split(recipe.data, split) and (not isinstance(named, Path) or named.is_file()):
-            if isinstance(recipe.data, LabelledData):
-                assert load_texts(recipe.data, split)
-                continue
-            examples = load_examples(recipe.data, split)
-            assert examples
-            assert all(example.answer for example in examples)
+        if task.has_split(split) and (not isinstance(named, Path) or named.is_file()):
+            assert task.examples(split, None)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260k weights are not here (LORAKIT_DATA)")

@@ -11,7 +11,7 @@ import torch
 import lorakit as lk
 from lorakit.errors import ConfigError
 from lorakit.train import Recipe, train
-from tests.train.test_trainer import StopAt, assert_equal
+from tests.train.test_trainer import assert_resumes
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -47,11 +47,7 @@ def test_it_depends_on_the_batches_that_are_asked_for_and_on_nothing_else(recipe
 @pytest.mark.parametrize("init", ["eva", "lora_ga"])
 def test_a_stopped_run_goes_on_bit_for_bit(recipe: MakeRecipe, init: str) -> None:
     common = {"max_steps": 4, **settings(init)}
-    whole = train(recipe("whole", **common))
-    train(recipe("parts", **common), progress=StopAt(2))
-    resumed = train(recipe("parts", **common), resume=True)
-    assert resumed.losses == whole.losses
-    assert_equal(resumed.adapter, whole.adapter)
+    assert_resumes(lambda output: recipe(output, **common), 2)
 
 
 def test_one_adapter_starts_in_one_way(recipe: MakeRecipe) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorakit.errors import ConfigError, DataError
-from lorakit.train.tables import read_table
+from lorakit.train.data_sections import TableFormat
+from lorakit.train.tables import file_rows
 
 ROWS = [{"text": 'A "b", c', "label": "x"}, {"text": "d", "label": "y"}, {"text": "e\nf", "label": "x"}]
 FORMS = {
@@ -17,6 +20,12 @@ FORMS = {
     "r.json": '[{"text": "A \\"b\\", c", "label": "x"}, {"text": "d", "label": "y"}, {"text": "e\\nf", "label": "x"}]',
     "r.csv": '\ufefftext,label\r\n"A ""b"", c",x\r\n\r\nd,y\r\n"e\nf",x\r\n',
 }
+
+
+def read_table(
+    path: Path, kind: TableFormat = "auto", most: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((str(place), row) for place, row in file_rows(path, kind, most))
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import lorakit as lk
 from lorakit.errors import ConfigError, DataError, TrainingError
-from lorakit.train import Recipe, read_metrics, train
+from lorakit.train import Recipe, TrainResult, read_metrics, train
 from lorakit.train.loss import mean_loss
 from lorakit.train.progress import Silent, StepReport
 from lorakit.train.run_files import checkpoints
@@ -49,6 +49,21 @@ class StopAt(Silent):
     def step(self, report: StepReport) -> None:
         if report.step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def assert_resumes(make: Callable[[str], Recipe], stop: int) -> TrainResult:
+    """A run that is stopped after a step and resumed equals the uninterrupted one, which is returned.
+
+    Args:
+        make: From the name of an output folder to the recipe.
+        stop: The step.
+    """
+    whole = train(make("whole"))
+    train(make("parts"), progress=StopAt(stop))
+    resumed = train(make("parts"), resume=True)
+    assert resumed.losses == whole.losses
+    assert_equal(resumed.adapter, whole.adapter)
+    return whole
 
 
 def test_it_learns_and_leaves_everything(recipe: MakeRecipe) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lorakit.cli.recipe_options import RecipeFile, Settings, recipe_with
 
 _MARKS = {"ok": "ok", "warning": "WARNING", "wrong": "WRONG", "skipped": "skipped"}
 
 
 def command(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="YAML file that says everything about the run.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Replace a setting of the recipe."),
-    ] = None,
+    recipe: RecipeFile,
+    settings: Settings = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -32,12 +30,10 @@ def command(
         lorakit check recipe.yaml --train.max_length 512 --strict
     """
     from lorakit.cli.output import quiet_loading, say, say_json, say_pairs
-    from lorakit.cli.recipe_options import overrides
-    from lorakit.train import Recipe
     from lorakit.train.checking import check
 
     quiet_loading()
-    report = check(Recipe.from_file(recipe, [*(settings or []), *overrides(context)]))
+    report = check(recipe_with(context, recipe, settings))
     passed = report.passed and not (strict and report.count("warning"))
     if as_json:
         say_json({"passed": passed, "findings": [dataclasses.asdict(f) for f in report.findings]})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lorakit.cli.recipe_options import RecipeFile, Settings, recipe_with
 
 if TYPE_CHECKING:
     from lorakit.train.estimating import Estimate
@@ -13,11 +14,8 @@ if TYPE_CHECKING:
 
 def command(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="YAML file that says everything about the run.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Replace a setting of the recipe."),
-    ] = None,
+    recipe: RecipeFile,
+    settings: Settings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Tell what a recipe will cost: parameters, memory by its terms, the least time. Nothing is downloaded.
@@ -32,12 +30,10 @@ def command(
         lorakit estimate recipe.yaml --model.name llama-3-8b --model.device cuda --model.quantize nf4
     """
     from lorakit.cli.output import quiet_loading, say_json
-    from lorakit.cli.recipe_options import overrides
-    from lorakit.train import Recipe
     from lorakit.train.estimating import estimate
 
     quiet_loading()
-    found = estimate(Recipe.from_file(recipe, [*(settings or []), *overrides(context)]))
+    found = estimate(recipe_with(context, recipe, settings))
     if as_json:
         say_json(found.plain())
     else:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lorakit.cli.recipe_options import Settings
+
 if TYPE_CHECKING:
     from lorakit.train import EvalResult, Recipe
 
@@ -28,10 +30,7 @@ def command(
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", min=1, help="Only the first examples.")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Replace a setting of the recipe."),
-    ] = None,
+    settings: Settings = None,
     save: Annotated[
         Path | None, typer.Option("--save", help="Write every answer to this file, a JSON object a line.")
     ] = None,

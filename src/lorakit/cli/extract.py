@@ -56,21 +56,20 @@ def command(
         lorakit extract ./base ./tuned --energy 0.9 -t q_proj -t v_proj --out attention-only
         lorakit extract ./base ./tuned --rank 64 --fast --rest save --out everything
     """
-    from lorakit.adapters.checkpoints import CONV1D, CONV1D_MODELS, from_checkpoints
+    from lorakit.adapters.checkpoints import conv1d_of, from_checkpoints
     from lorakit.cli.combine import dtype_called, fitted_json, fitted_pairs
     from lorakit.cli.output import say_json, say_pairs
     from lorakit.io.adapter_directory import write
     from lorakit.io.checkpoint import Checkpoint
 
     old, new = Checkpoint(base), Checkpoint(tuned)
-    gpt2 = {old.config.get("model_type"), new.config.get("model_type")} & CONV1D_MODELS
     found = from_checkpoints(
         old,
         new,
         r=rank,
         energy=energy,
         targets=target,
-        transposed=transposed or (CONV1D if gpt2 else None),
+        transposed=transposed or conv1d_of(old.config, new.config),
         rest=rest,
         exact=not fast,
         base_name=base_name or str(base),

@@ -73,14 +73,12 @@ def command(
     from lorakit.cli.output import say, say_json
 
     names = _names(paths)
-    found: dict[str, Analysis] = {}
-    missing: dict[str, BaseWeights] = {}
-    for key, path in names.items():
-        state = _read(path, name, allow_pickle, alpha)
-        weights = _base_weights(base, state) if base is not None else None
-        found[key] = analyse(state, energy=energy, dense=dense, base=weights)
-        if weights is not None and weights.missing:
-            missing[key] = weights
+    states = {key: _read(path, name, allow_pickle, alpha) for key, path in names.items()}
+    weights = _base_weights(base, states) if base is not None else {}
+    found = {
+        key: analyse(state, energy=energy, dense=dense, base=weights.get(key))
+        for key, state in states.items()
+    }
     pairs, apart = _pairs(found, any_base)
     if html is not None:
         _write_page(html, found, pairs)
@@ -94,9 +92,9 @@ def command(
         return
     for key, analysis in found.items():
         _say_adapter(names[key], analysis)
-        if key in missing:
-            target, reason = next(iter(missing[key].missing.items()))
-            say(f"Not beside the base: {len(missing[key].missing)} targets, such as {target} ({reason}).\n")
+        if missing := weights[key].missing if key in weights else {}:
+            target, reason = next(iter(missing.items()))
+            say(f"Not beside the base: {len(missing)} targets, such as {target} ({reason}).\n")
     if pairs:
         _say_pairs(pairs)
     for (first, second), reason in apart.items():
@@ -133,18 +131,15 @@ def _read(path: Path, name: str | None, allow_pickle: bool, alpha: float | None)
     return read_any(path, hints=Hints(alpha=alpha), name=name, allow_pickle=allow_pickle)[0]
 
 
-def _base_weights(folder: Path, state: AdapterState) -> BaseWeights:
-    from lorakit.adapters.base_weights import BaseWeights
-    from lorakit.adapters.checkpoints import CONV1D, CONV1D_MODELS
-    from lorakit.io.checkpoint import Checkpoint
+def _base_weights(folder: Path, states: dict[str, AdapterState]) -> dict[str, BaseWeights]:
+    """The base weights of each adapter, of which there must be some."""
+    from lorakit.cli.base_option import no_weight, weights_of_each
 
-    checkpoint = Checkpoint(folder)
-    gpt2 = checkpoint.config.get("model_type") in CONV1D_MODELS
-    weights = BaseWeights(checkpoint, state, transposed=CONV1D if gpt2 else None)
-    if not weights:
-        path, reason = next(iter(weights.missing.items()), ("nothing", "it has no targets"))
-        raise ConfigError(f"{folder} holds no weight that the adapter changes: for {path}, {reason}.")
-    return weights
+    found = dict(zip(states, weights_of_each(folder, list(states.values())), strict=True))
+    for weights in found.values():
+        if not weights:
+            raise no_weight(folder, "the adapter changes", weights)
+    return found
 
 
 def _pairs(

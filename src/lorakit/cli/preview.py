@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lorakit.cli.recipe_options import RecipeFile, Settings, recipe_with
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -20,16 +22,13 @@ _BAR = 40
 
 def command(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="YAML file that says everything about the run.")],
+    recipe: RecipeFile,
     split: Annotated[
         Literal["train", "valid", "test"], typer.Option("--split", help="Which part of the data.")
     ] = "train",
     rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="How many rows to show.")] = 3,
     start: Annotated[int, typer.Option("--start", min=1, help="The first row to show.")] = 1,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Replace a setting of the recipe."),
-    ] = None,
+    settings: Settings = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Also write a page with every token's id.")
     ] = None,
@@ -47,13 +46,11 @@ def command(
         lorakit preview recipe.yaml --train.max_length 256 --train.overlong truncate
     """
     from lorakit.cli.output import quiet_loading, say, say_json
-    from lorakit.cli.recipe_options import overrides
-    from lorakit.train import Recipe
     from lorakit.train.preview import preview
     from lorakit.train.preview_page import write_page
 
     quiet_loading()
-    read = Recipe.from_file(recipe, [*(settings or []), *overrides(context)])
+    read = recipe_with(context, recipe, settings)
     found = preview(read, split, rows=rows, start=start)
     if html is not None:
         write_page(found, html, title=str(recipe))
@@ -79,7 +76,7 @@ def _show(found: Preview) -> None:
             console.print(text)
         say()
     if found.roles:
-        key = Text("  ".join(["who speaks: "]))
+        key = Text("who speaks: ")
         for role in found.roles:
             key.append(f" {role} ", style=_COLOURS.get(role, "default"))
         key.append("  learnt ", style="black on green" if coloured else "")

@@ -1,6 +1,6 @@
 """Every key of a recipe as a flag, made from the recipe's own models: ``--train.lr 1e-4``.
 
-A command takes them by being registered with ``cls=RecipeCommand`` and asking `overrides` for what was given. The flags
+A command takes them by being registered with ``cls=RecipeCommand`` and asking `recipe_with` for the recipe. The flags
 are made when the command is the one that runs, so that the other commands do not wait for pydantic and torch.
 """
 
@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from lorakit.train.recipe import Recipe
     from lorakit.train.recipe_keys import Key
+
+RecipeFile = Annotated[Path, typer.Argument(help="YAML file that says everything about the run.")]
+"""The argument of a command that reads a recipe."""
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Replace a setting of the recipe."),
+]
+"""The option of a command that reads a recipe."""
 
 _GIVEN = "lorakit.recipe_flags"
 _NARROW = 24
@@ -36,6 +46,17 @@ class RecipeCommand(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         """Its own parameters and the flags."""
         return [*super().get_params(ctx), *_flags()]
+
+
+def recipe_with(context: typer.Context, recipe: Path, settings: list[str] | None) -> Recipe:
+    """The recipe of a file with what was given by ``--set`` and by flags.
+
+    Raises:
+        RecipeError: The file cannot be read, or a key or value is wrong.
+    """
+    from lorakit.train.recipe import Recipe
+
+    return Recipe.from_file(recipe, [*(settings or []), *overrides(context)])
 
 
 def overrides(context: typer.Context) -> list[str]:

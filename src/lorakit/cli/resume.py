@@ -30,18 +30,8 @@ def command(
         lorakit resume runs/sql
         lorakit resume runs/sql --set train.max_seconds=3600
     """
-    from lorakit.cli.output import quiet_loading
-    from lorakit.cli.train import say_result
-    from lorakit.train import progress_for, train
-    from lorakit.train.distributed import is_main_process
+    from lorakit.cli.train import run, say_result
     from lorakit.train.run_files import recipe_of_run
 
-    recipe = recipe_of_run(folder, settings or [])
-    quiet_loading()
-    progress = progress_for() if is_main_process() else None
-    try:
-        result = train(recipe, resume=True, progress=progress)
-    finally:
-        if progress is not None:
-            progress.close()
+    result = run(recipe_of_run(folder, settings or []), resume=True)
     say_result(result, f"lorakit export {folder} --to merged")

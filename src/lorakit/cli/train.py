@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.cli.recipe_options import RecipeFile, recipe_with
+
 if TYPE_CHECKING:
-    from lorakit.train import TrainResult
+    from lorakit.train import Recipe, TrainResult
 
 
 def command(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="YAML file that says everything about the run.")],
+    recipe: RecipeFile,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,23 +55,27 @@ def command(
 
     Every key of the recipe is a flag too, listed below; a value is written as in YAML.
     """
-    from lorakit.cli.output import quiet_loading
-    from lorakit.cli.recipe_options import overrides
-    from lorakit.train import Recipe, progress_for, train
-    from lorakit.train.distributed import is_main_process
-
-    read = Recipe.from_file(recipe, [*(settings or []), *overrides(context)])
+    read = recipe_with(context, recipe, settings)
     if out is not None:
         read.output = out
+    result = run(read, resume=resume, overwrite=overwrite)
+    one = f" --adapter {result.adapter}" if len(result.adapters) == 1 else ""
+    say_result(result, f"lorakit eval {recipe}{one}")
+
+
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Train and show the progress; of several processes the main one does. See `lorakit.train.train`."""
+    from lorakit.cli.output import quiet_loading
+    from lorakit.train import progress_for, train
+    from lorakit.train.distributed import is_main_process
+
     quiet_loading()
     progress = progress_for() if is_main_process() else None
     try:
-        result = train(read, resume=resume, overwrite=overwrite, progress=progress)
+        return train(recipe, resume=resume, overwrite=overwrite, progress=progress)
     finally:
         if progress is not None:
             progress.close()
-    one = f" --adapter {result.adapter}" if len(result.adapters) == 1 else ""
-    say_result(result, f"lorakit eval {recipe}{one}")
 
 
 def say_result(result: TrainResult, following: str) -> None:

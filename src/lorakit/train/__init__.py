@@ -20,7 +20,8 @@ from lorakit.train.recipe import Recipe
 from lorakit.train.render import Rendered, RenderedSet, Renderer, render
 from lorakit.train.run_files import plot_loss, read_metrics
 from lorakit.train.text_vectors import embed
-from lorakit.train.trainer import TrainResult, train
+from lorakit.train.train_result import TrainResult
+from lorakit.train.trainer import train
 
 __all__ = [
     "Answer",

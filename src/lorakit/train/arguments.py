@@ -50,7 +50,7 @@ def arguments(
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
         max_grad_norm=settings.max_grad_norm if clip else 0.0,
-        seed=settings.seed if settings.dropout_seed is None else settings.dropout_seed,
+        seed=settings.seed_of("dropout"),
         save_strategy="no" if settings.save_every is None else "steps",
         save_steps=settings.save_every or steps,
         save_total_limit=settings.keep_checkpoints,

@@ -96,7 +96,7 @@ def plan_run(settings: TrainSection, rows: Sequence[Row], padded: bool) -> list[
         rows=per_batch,
         tokens=settings.batch_tokens,
         epochs=epochs,
-        seed=settings.seed if settings.data_seed is None else settings.data_seed,
+        seed=settings.seed_of("data"),
         padded=padded,
         most=most,
     )

@@ -218,12 +218,12 @@ def _lengths(task: Task, base: Architecture, rows: Sequence[Any]) -> str:
 def _adapter(task: Task, base: Architecture, rows: Any) -> str:
     from lorakit.train import estimating
 
-    recipe, settings = task.recipe, task.recipe.train
-    packed = settings.batching != "padded" and recipe.task == "causal-lm"
-    shape = estimating.Shape(settings.batch_rows or 1, min(settings.max_length, 512), packed)
+    settings = task.recipe.train
     if rows is not None:
-        batches = task.batches(rows.rows, not packed)
-        shape = estimating.batch_shape(rows.rows, batches, settings.accumulation, packed=packed)
+        shape = estimating.shape_of(task, rows.rows)
+    else:
+        length = min(settings.max_length, estimating.LONGEST_GUESS)
+        shape = estimating.Shape(settings.batch_rows or 1, length, estimating.may_pack(task.recipe))
     planned = estimating.task_plan(task, base, shape)
     counts = planned.counts
     words = f"{len(counts.sites)} targets, {counts.trainable:,} parameters to train"

@@ -37,13 +37,13 @@ class PaddedCollator:
     pad: int
     padded: ClassVar[bool] = True
 
-    def __call__(self, rows: Sequence[Rendered]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, longest)``."""
-        return {
-            "input_ids": side_by_side([row.ids for row in rows], self.pad),
-            "attention_mask": side_by_side([[1] * len(row.ids) for row in rows], 0),
-            "labels": side_by_side([row.labels for row in rows], IGNORED),
-        }
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` ``(rows, longest)``, ``labels`` ``(rows, most labels)``.
+
+        Labels are one a token, or what an encoder-decoder writes, which is longer or shorter than what it reads.
+        """
+        labels = side_by_side([row.labels for row in rows], IGNORED)
+        return {**text_batch([row.ids for row in rows], self.pad), "labels": labels}
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,19 @@ class LabelCollator:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, perhaps ``token_type_ids`` ``(rows, longest)``; ``labels`` ``(rows,)``."""
-        batch = {
-            "input_ids": side_by_side([row.ids for row in rows], self.pad),
-            "attention_mask": side_by_side([[1] * len(row.ids) for row in rows], 0),
-            "labels": torch.tensor([row.labels[0] for row in rows]),
-        }
+        batch = text_batch([row.ids for row in rows], self.pad)
+        batch["labels"] = torch.tensor([row.labels[0] for row in rows])
         if all(row.types is not None for row in rows):
             batch["token_type_ids"] = side_by_side([row.types or () for row in rows], 0)
         return batch
+
+
+def text_batch(texts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` ``(texts, longest)``, padded on the right."""
+    return {
+        "input_ids": side_by_side(texts, pad),
+        "attention_mask": side_by_side([[1] * len(ids) for ids in texts], 0),
+    }
 
 
 def side_by_side(rows: Sequence[Sequence[int]], filler: int) -> Tensor:

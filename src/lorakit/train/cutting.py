@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from lorakit.errors import DataError, listing
 
@@ -14,20 +14,27 @@ if TYPE_CHECKING:
 Overlong = Literal["drop", "truncate", "error"]
 
 
-class Readable(Protocol):
-    """A text with its place."""
+@dataclass(frozen=True)
+class PlainText:
+    """A text, or a pair of texts, with its place.
+
+    Attributes:
+        place: File and line.
+        text: The text.
+        second: The second text, where pairs are.
+    """
+
+    place: str
+    text: str
+    second: str | None
 
     @property
-    def place(self) -> str:
-        """File and line."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def second(self) -> str | None: ...
+    def shown(self) -> str:
+        """What is read, for people."""
+        return self.text if self.second is None else f"{self.text}\n{self.second}"
 
 
-T = TypeVar("T", bound=Readable)
+T = TypeVar("T", bound=PlainText)
 
 
 @dataclass(frozen=True)
@@ -87,16 +94,13 @@ def cut_texts(
             encoded = tokenizer(text.text, text.second, truncation=True, max_length=most)
         types = encoded.get("token_type_ids")
         kept.append((text, Encoded(tuple(encoded["input_ids"]), None if types is None else tuple(types))))
-    check_cut(cut, len(kept), len(texts), longest, most, overlong)
-    return Cut(
-        tuple(kept),
-        longest,
-        len(cut) if overlong == "truncate" else 0,
-        len(cut) if overlong == "drop" else 0,
-    )
+    truncated, dropped = check_cut(cut, len(kept), len(texts), longest, most, overlong)
+    return Cut(tuple(kept), longest, truncated, dropped)
 
 
-def check_cut(cut: Sequence[str], kept: int, total: int, longest: int, most: int, overlong: Overlong) -> None:
+def check_cut(
+    cut: Sequence[str], kept: int, total: int, longest: int, most: int, overlong: Overlong
+) -> tuple[int, int]:
     """Stop where long rows are an error, and where nothing is left.
 
     Args:
@@ -106,6 +110,9 @@ def check_cut(cut: Sequence[str], kept: int, total: int, longest: int, most: int
         longest: Tokens of the longest.
         most: Tokens that may be read.
         overlong: What to do with longer ones.
+
+    Returns:
+        How many rows were cut, and how many were left out.
 
     Raises:
         DataError: A row is too long, or none is left.
@@ -117,3 +124,4 @@ def check_cut(cut: Sequence[str], kept: int, total: int, longest: int, most: int
         raise DataError(f"{len(cut)} rows are too long: {listing(cut, most=4)}. {advice}")
     if not kept:
         raise DataError(f"No row is left: all {total} are too long. {advice}")
+    return (len(cut), 0) if overlong == "truncate" else (0, len(cut))

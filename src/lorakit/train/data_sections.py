@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,12 @@ Format = Literal[
 ]  # fmt: skip
 TableFormat = Literal["auto", "jsonl", "json", "csv", "tsv", "txt", "parquet"]
 TextRows = Literal["line", "paragraph", "file"]
+
+MAX_ROWS = "Read only the first rows of a split: `{train: 100}`."
+TABLE_FORMAT = (
+    "`jsonl`, `json` (a list of objects), `csv` or `tsv` (with a line of names) or `parquet`; `auto` tells by the "
+    "file's ending."
+)
 
 
 class DataSection(Section):
@@ -75,16 +81,11 @@ class FileData(DataSection):
         "makes a row of every answer, for templates that rewrite earlier ones.",
     )
     system: str | None = Field(default=None, description="System message put before rows that have none.")
-    max_rows: dict[Literal["train", "valid", "test"], int] = Field(
-        default_factory=dict, description="Read only the first rows of a split: `{train: 100}`."
-    )
+    max_rows: dict[Literal["train", "valid", "test"], int] = Field(default_factory=dict, description=MAX_ROWS)
 
     @model_validator(mode="after")
     def _check(self) -> FileData:
-        if self.train is None and self.valid is None and self.test is None:
-            raise ConfigError("name at least one file: train, valid or test; or a built-in task: builtin.")
-        if any(rows < 1 for rows in self.max_rows.values()):
-            raise ConfigError("max_rows must be at least 1.")
+        check_splits(self, "; or a built-in task: builtin")
         return self
 
 
@@ -99,8 +100,7 @@ class LabelledData(DataSection):
     test: DataSource | None = Field(default=None, description="To score.")
     format: TableFormat = Field(
         default="auto",
-        description="`jsonl`, `json` (a list of objects), `csv` or `tsv` (with a line of names) or `parquet`; `auto` "
-        "tells by the file's ending.",
+        description=TABLE_FORMAT,
     )
     text: str = Field(default="text", description="Name of the column with the text.")
     second_text: str | None = Field(
@@ -109,14 +109,25 @@ class LabelledData(DataSection):
     label: str = Field(
         default="label", description="Name of the column with the label, a word or a whole number."
     )
-    max_rows: dict[Literal["train", "valid", "test"], int] = Field(
-        default_factory=dict, description="Read only the first rows of a split: `{train: 100}`."
-    )
+    max_rows: dict[Literal["train", "valid", "test"], int] = Field(default_factory=dict, description=MAX_ROWS)
 
     @model_validator(mode="after")
     def _check(self) -> LabelledData:
-        if self.train is None and self.valid is None and self.test is None:
-            raise ConfigError("name at least one file: train, valid or test.")
-        if any(rows < 1 for rows in self.max_rows.values()):
-            raise ConfigError("max_rows must be at least 1.")
+        check_splits(self)
         return self
+
+
+def check_splits(data: Any, otherwise: str = "") -> None:
+    """A section with ``train``, ``valid``, ``test`` and ``max_rows`` names at least one split, and no empty ones.
+
+    Args:
+        data: The section.
+        otherwise: What else it could say, for the message.
+
+    Raises:
+        ConfigError: It is not so.
+    """
+    if data.train is None and data.valid is None and data.test is None:
+        raise ConfigError(f"name at least one file: train, valid or test{otherwise}.")
+    if any(rows < 1 for rows in data.max_rows.values()):
+        raise ConfigError("max_rows must be at least 1.")

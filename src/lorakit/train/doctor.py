@@ -7,7 +7,6 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from lorakit.cache import cache_folder
 from lorakit.models.fastest_dtype import MatmulRates, matmul_rates
 from lorakit.ops.native.load import status
-from lorakit.train.run_files import machine, versions
+from lorakit.train.run_files import machine, version_of, versions
 
 LIBRARIES: Mapping[str, str] = {
     "peft": "",
@@ -142,7 +141,7 @@ def examine(*, again: bool = False) -> Examination:
         kernels=str(kernels),
         cache=(str(place), _free_disk(place)),
         versions=versions(),
-        libraries={name: _version(name) for name in LIBRARIES},
+        libraries={name: version_of(name) for name in LIBRARIES},
         advice=tuple(advice(rates, cores, torch.get_num_threads(), kernels.state, bool(gpus))),
     )
 
@@ -222,13 +221,6 @@ def _memory() -> tuple[int, int]:
 def _free_disk(folder: Path) -> int:
     there = next((path for path in (folder, *folder.parents) if path.is_dir()), None)
     return 0 if there is None else shutil.disk_usage(there).free
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _gigabytes(size: int) -> str:

@@ -32,7 +32,7 @@ _PLAN_TASKS: Mapping[str, PlanTask] = {
     "classification": "sequence-classification",
     "regression": "sequence-classification",
 }
-_LONGEST_GUESS = 512
+LONGEST_GUESS = 512
 
 
 @dataclass(frozen=True)
@@ -191,16 +191,25 @@ def architecture_of(task: Task, config: str | Path) -> Architecture:
 def _shape(task: Task, config: str | Path) -> tuple[Shape, tuple[str, ...]]:
     """The largest batch, from the data where the tokenizer is at hand, else from the recipe."""
     recipe, settings = task.recipe, task.recipe.train
-    packed = settings.batching != "padded" and recipe.task == "causal-lm"
     try:
-        rows = task.rows(load_tokenizer(_tokenizer_of(recipe)), "train").rows
-        return batch_shape(rows, task.batches(rows, not packed), settings.accumulation, packed=packed), ()
+        return shape_of(task, task.rows(load_tokenizer(_tokenizer_of(recipe)), "train").rows), ()
     except (LorakitError, OSError) as error:
         reason = str(error).splitlines()[0]
-    length = min(settings.max_length, _LONGEST_GUESS)
+    length = min(settings.max_length, LONGEST_GUESS)
     count = settings.batch_rows or max(1, (settings.batch_tokens or 16 * length) // length)
     why = f"the rows, so {count} of {length} tokens are taken for a batch: {reason}"
-    return Shape(count, length, packed), (why,)
+    return Shape(count, length, may_pack(recipe)), (why,)
+
+
+def may_pack(recipe: Recipe) -> bool:
+    """Whether rows are taken to be packed; what the model itself allows is known when it is loaded."""
+    return recipe.train.batching != "padded" and recipe.task == "causal-lm"
+
+
+def shape_of(task: Task, rows: Sequence[Any]) -> Shape:
+    """The largest batch of a run on some rows, and the whole of it."""
+    packed = may_pack(task.recipe)
+    return batch_shape(rows, task.batches(rows, not packed), task.recipe.train.accumulation, packed=packed)
 
 
 def batch_shape(

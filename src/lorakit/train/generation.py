@@ -10,6 +10,7 @@ import torch
 
 from lorakit.errors import ConfigError
 from lorakit.models.conversation import ConversationRenderer, Message, Tool, stop_ids
+from lorakit.train.collate import text_batch
 from lorakit.train.recipe import GenerateSection
 
 if TYPE_CHECKING:
@@ -87,11 +88,10 @@ def generate_from_sources(
         options.decoder_start_token_id = model.config.decoder_start_token_id
 
     def answer(batch: Sequence[Sequence[int]]) -> list[str]:
-        longest, pad = max(len(ids) for ids in batch), int(tokenizer.pad_token_id)
-        ids = torch.tensor([[*p, *[pad] * (longest - len(p))] for p in batch], device=model.device)
-        mask = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in batch], device=model.device)
+        made = text_batch(batch, int(tokenizer.pad_token_id))
+        inputs = {name: tensor.to(model.device) for name, tensor in made.items()}
         with torch.inference_mode():
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=options)
+            output = model.generate(**inputs, generation_config=options)
         return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
     return _in_batches(model, prompts, settings, answer, told)

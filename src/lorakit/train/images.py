@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakit.errors import DataError, MissingDependencyError, listing, near_matches
 from lorakit.models.image_classifier import ImageInput
-from lorakit.train.row_set import RowSet
+from lorakit.train.row_set import NamedSet
 from lorakit.train.tables import check_file
 from lorakit.train.task_data import ImageData
 
@@ -63,21 +63,13 @@ class ImageRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSet(RowSet[ImageRow]):
-    """All images of a split.
-
-    Attributes:
-        names: The classes, in the order of the logits.
-    """
-
-    names: tuple[str, ...]
+class ImageSet(NamedSet[ImageRow]):
+    """All images of a split; the names are those of the classes."""
 
     @property
     def taught(self) -> str:
         """The share of each class."""
-        counts = Counter(row.labels[0] for row in self.rows)
-        shares = [f"{name} {100 * counts[i] / len(self.rows):.0f} %" for i, name in enumerate(self.names)]
-        return f"{len(self.names)} classes: {listing(shares, most=12)}"
+        return f"{len(self.names)} classes: {self.shares(row.labels[0] for row in self.rows)}"
 
     def __str__(self) -> str:
         sizes = Counter(tuple(row.pixels.shape) for row in self.rows)

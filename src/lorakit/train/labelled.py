@@ -2,83 +2,69 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import DataError, listing, near_matches
 from lorakit.train.columns import column_text, column_value
-from lorakit.train.cutting import cut_texts
+from lorakit.train.cutting import Overlong, PlainText, cut_texts
 from lorakit.train.data_sections import LabelledData
-from lorakit.train.row_set import RowSet, TokenRow
+from lorakit.train.row_set import NamedSet, TokenRow
 from lorakit.train.sources import source_rows
 from lorakit.train.split import Split, source_of
+from lorakit.train.tables import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class LabelledText:
+class LabelledText(PlainText):
     """One row of a table.
 
     Attributes:
-        place: File and line.
-        text: What is classified.
-        second: The second text, where pairs are.
         label: Its name; a whole number as its digits.
     """
 
-    place: str
-    text: str
-    second: str | None
     label: str
-
-    @property
-    def shown(self) -> str:
-        """What is classified, for people."""
-        return self.text if self.second is None else f"{self.text}\n{self.second}"
 
 
 @dataclass(frozen=True)
 class LabelledRow(TokenRow):
-    """One row as the model sees it.
+    """One row as the model sees it, with its label alone: the number of a name, or what a regression learns.
 
     Attributes:
-        id: Its place.
-        ids: Token ids.
-        labels: The number of its label, alone.
         types: For each token which text it belongs to, where the model wants to know.
     """
 
-    id: str
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
     types: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledSet(RowSet[LabelledRow]):
-    """All rows of a split, and what was done about long ones.
-
-    Attributes:
-        names: The labels, in the order of the logits.
-    """
-
-    names: tuple[str, ...]
-
-    @property
-    def learnt(self) -> int:
-        """How many labels are learnt: one a row."""
-        return len(self.rows)
+class LabelledSet(NamedSet[LabelledRow]):
+    """All rows of a split, and what was done about long ones."""
 
     @property
     def taught(self) -> str:
         """The share of each label."""
-        counts = Counter(row.labels[0] for row in self.rows)
-        shares = [f"{name} {100 * counts[i] / len(self.rows):.0f} %" for i, name in enumerate(self.names)]
-        return f"{len(self.names)} labels: {listing(shares, most=12)}"
+        return f"{len(self.names)} labels: {self.shares(row.labels[0] for row in self.rows)}"
+
+
+def table_texts(data: LabelledData, split: Split) -> Iterator[tuple[PlainText, Row]]:
+    """The texts of a split, each with the row that it stands in.
+
+    Raises:
+        DataError: A file is missing or malformed, or a row has no text; the message names the line.
+        ConfigError: The recipe names no such split.
+    """
+    for row in source_rows(source_of(data, split), data.format, data.max_rows.get(split)):
+        place, values = row
+        text = column_text(values, data.text, "text", place)
+        second = (
+            None if data.second_text is None else column_text(values, data.second_text, "second_text", place)
+        )
+        yield PlainText(str(place), text, second), row
 
 
 def load_texts(data: LabelledData, split: Split) -> list[LabelledText]:
@@ -89,13 +75,8 @@ def load_texts(data: LabelledData, split: Split) -> list[LabelledText]:
         ConfigError: The recipe names no such split.
     """
     return [
-        LabelledText(
-            str(place),
-            column_text(row, data.text, "text", place),
-            None if data.second_text is None else column_text(row, data.second_text, "second_text", place),
-            _label(row, data.label, str(place)),
-        )
-        for place, row in source_rows(source_of(data, split), data.format, data.max_rows.get(split))
+        LabelledText(text.place, text.text, text.second, _label(row, data.label, text.place))
+        for text, (_, row) in table_texts(data, split)
     ]
 
 
@@ -120,7 +101,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    overlong: Literal["drop", "truncate", "error"] = "truncate",
+    overlong: Overlong = "truncate",
 ) -> LabelledSet:
     """Rows of token ids.
 

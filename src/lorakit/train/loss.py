@@ -29,12 +29,19 @@ if TYPE_CHECKING:
 
 
 Batch = Mapping[str, Tensor]
+Losses = Callable[[nn.Module, "PreTrainedModel", Batch], tuple[Tensor, Tensor]]
+"""The losses of a batch, and the number of the row that each belongs to, both ``(n,)``."""
 
 
 def tokens_read(batch: Batch) -> int:
     """Tokens of a batch, without padding."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def without(batch: Batch, name: str) -> dict[str, Tensor]:
+    """A batch without one of its tensors, which the model does not take."""
+    return {key: tensor for key, tensor in batch.items() if key != name}
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,18 @@ class Objective:
     summed: Callable[[nn.Module, PreTrainedModel, Batch], Tensor]
     count: Callable[[Batch], int | Tensor]
     unit: str
-    each: Callable[[nn.Module, PreTrainedModel, Batch], tuple[Tensor, Tensor]] | None = None
+    each: Losses | None = None
     read: Callable[[Batch], int] = tokens_read
     joint: bool = False
+
+    @classmethod
+    def from_each(cls, each: Losses, count: Callable[[Batch], int], unit: str) -> Objective:
+        """The objective whose ``summed`` adds up the losses of ``each``."""
+
+        def summed(model: nn.Module, base: PreTrainedModel, batch: Batch) -> Tensor:
+            return each(model, base, batch)[0].sum()
+
+        return cls(summed, count, unit, each)
 
 
 def next_token_labels(labels: Tensor) -> Tensor:
@@ -89,7 +105,7 @@ def learnt_logits(
     model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits ``(n, vocabulary)`` of each learnt token in float32; the tokens and their rows' numbers, both ``(n,)``."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = without(batch, "labels")
     targets = next_token_labels(batch["labels"])
     learnt = targets != IGNORED
     rows = _row_numbers(batch)
@@ -119,17 +135,18 @@ def count_learnt(batch: Mapping[str, Tensor]) -> int:
     return int((next_token_labels(batch["labels"]) != IGNORED).sum())
 
 
-def summed_label_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The sum of ``-log p`` over the labels ``(rows,)`` of a batch; a scalar."""
-    return label_losses(model, base, batch)[0].sum()
+def count_labelled(batch: Batch) -> int:
+    """How many labels of a batch are learnt, where each position has the label of its own output."""
+    return int((batch["labels"] != IGNORED).sum())
 
 
 def label_losses(
     model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """``-log p`` of the label of each row of a batch, and the rows' numbers, both ``(rows,)``."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    losses = F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="none")
+    losses = F.cross_entropy(
+        model(**without(batch, "labels")).logits.float(), batch["labels"], reduction="none"
+    )
     return losses, torch.arange(len(losses), device=losses.device)
 
 
@@ -139,7 +156,7 @@ def count_labels(batch: Mapping[str, Tensor]) -> int:
 
 
 NEXT_TOKEN = Objective(summed_loss, count_learnt, "token", token_losses)
-LABEL = Objective(summed_label_loss, count_labels, "row", label_losses)
+LABEL = Objective.from_each(label_losses, count_labels, "row")
 
 
 def mean_loss(
@@ -177,7 +194,7 @@ def mean_of(
         total += objective.summed(model, model, batch).item()
         learnt += int(objective.count(batch))
 
-    run_batches(model, rows, collator, settings, add, padded=collator.padded, told=told)
+    run_batches(model, rows, collator, settings, add, told)
     return total / learnt
 
 

@@ -17,7 +17,7 @@ from lorakit.io.model_files import load
 from lorakit.models import ResolvedModel, load_classifier, load_model, load_tokenizer, resolve
 from lorakit.models.chat_template import adopt_common_template
 from lorakit.models.new_folder import check_new, new_folder
-from lorakit.models.streaming_merge import check_mergeable
+from lorakit.models.streaming_merge import check_mergeable, weights_for
 from lorakit.train.classifying import adapter_labels
 
 if TYPE_CHECKING:
@@ -76,11 +76,7 @@ def merge_to_folder(
         MergeError: An adapter has no weight form or holds a NaN, or the saved model does not compute the same.
     """
     out = Path(out)
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
-    if not adapters:
-        raise ConfigError("Name at least one adapter to merge.")
-    if len(weights) != len(adapters):
-        raise ConfigError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each.")
+    weights = weights_for(adapters, weights)
     check_new(out, list(map(Path, adapters)), overwrite=overwrite)
     for adapter in adapters:
         check_mergeable(str(adapter), read(adapter))

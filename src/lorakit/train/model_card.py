@@ -29,35 +29,18 @@ _PIPELINES = {
 }
 
 
-def write_card(
-    folder: Path,
-    recipe: Recipe,
-    report: AttachReport,
-    *,
-    base: str,
-    trained_on: Mapping[str, Any],
-    outcome: Mapping[str, Any],
-    versions: Mapping[str, str],
-) -> Path:
+def write_card(folder: Path, text: str) -> Path:
     """Write the card of an adapter, unless its folder holds one that a person wrote.
 
     Args:
         folder: The adapter's.
-        recipe: What was trained.
-        report: What was attached.
-        base: The base model's public name.
-        trained_on: Rows, tokens and the like of the training split.
-        outcome: Name to value of what was measured.
-        versions: Of the software.
+        text: From `card`.
     """
     path = folder / CARD
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return path
     part = path.with_name(f".{CARD}.part")
-    part.write_text(
-        card(recipe, report, base=base, trained_on=trained_on, outcome=outcome, versions=versions),
-        encoding="utf-8",
-    )
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
     return path
 
@@ -71,8 +54,17 @@ def card(
     outcome: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> str:
-    """The text of a card. It names no folder of the machine that it was made on."""
-    methods = sorted({method.name for method in _methods(recipe)})
+    """The text of a card. It names no folder of the machine that it was made on.
+
+    Args:
+        recipe: What was trained.
+        report: What was attached.
+        base: The base model's public name.
+        trained_on: Rows, tokens and the like of the training split.
+        outcome: Name to value of what was measured.
+        versions: Of the software.
+    """
+    methods = sorted({method.name for method in recipe.adapter.methods()})
     front: dict[str, Any] = {
         **({"base_model": base} if base and not base.startswith(("/", ".")) else {}),
         "library_name": "peft",
@@ -84,7 +76,7 @@ def card(
     settings = recipe.train
     facts = {
         "base model": base,
-        "method": ", ".join(map(_described, _methods(recipe))),
+        "method": ", ".join(map(_described, recipe.adapter.methods())),
         "targets": f"{len(report.sites)}: {_endings(report)}",
         "trained parameters": f"{report.trainable:,} beside the base's {report.base_parameters:,}",
         "learning rate": f"{settings.lr:g}, {settings.schedule}, warm-up {settings.warmup:g}",
@@ -127,11 +119,6 @@ Made with {used}.
 def public_name(name: str) -> str:
     """A base model's name for others: the hub id of a built-in one."""
     return BUILTINS[name].hub_id if name in BUILTINS else name
-
-
-def _methods(recipe: Recipe) -> list[Method]:
-    chosen = recipe.adapter.adapter()
-    return [chosen] if isinstance(chosen, Method) else list(chosen.values())
 
 
 def _described(method: Method) -> str:

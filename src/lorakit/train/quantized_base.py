@@ -53,7 +53,6 @@ def quantize_base(
             "adapter.loftq_iterations starts one method on all of its targets: use method, not groups."
         )
     exclude = section.exclude if not dense else _both(section.exclude, dense)
-    seed = recipe.train.seed if recipe.train.init_seed is None else recipe.train.init_seed
     report = loftq(
         model,
         method,
@@ -63,7 +62,7 @@ def quantize_base(
         iterations=section.loftq_iterations,
         name=_NAME,
         decomposition="projection",
-        seed=seed,
+        seed=recipe.train.seed_of("init"),
     )
     state = extract(model, _NAME)
     detach(model, _NAME)

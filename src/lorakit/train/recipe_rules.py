@@ -106,7 +106,7 @@ def _start_batches_need_a_measured_start(recipe: Recipe) -> str | None:
         section = part.adapter
         if section.start_batches == type(section).model_fields["start_batches"].default:
             continue
-        starts = {start for method in _methods(part) if (start := _start(method)) is not None}
+        starts = {start for method in part.adapter.methods() if (start := _start(method)) is not None}
         if not starts & set(_MEASURED_STARTS):
             return (
                 f"adapter.start_batches is for the starts {listing(_MEASURED_STARTS)}; here the start is "
@@ -119,10 +119,9 @@ def _fast_roles_exist(recipe: Recipe) -> str | None:
     train = recipe.train
     if train.lora_plus_ratio == 1 or "official" in train.fast:
         return None
-    roles = {role for method in _methods(recipe) for role in method.roles.values()}
+    roles = {role for method in recipe.adapter.methods() for role in method.roles.values()}
     # These train a head whole, beside whatever the adapter is.
-    heads = ("classification", "regression", "token-classification", "image-classification")
-    roles |= {"copy"} if recipe.task in heads else set()
+    roles |= {"copy"} if recipe.task in _WITH_A_HEAD else set()
     missing = [role for role in train.fast if role not in roles]
     if not missing:
         return None
@@ -137,11 +136,6 @@ def _output_apart_from_the_model(recipe: Recipe) -> str | None:
     if not model.is_dir() or recipe.output.resolve() != model.resolve():
         return None
     return f"output is the model's own folder, {recipe.output}: name another, such as runs/{model.name}."
-
-
-def _methods(recipe: Recipe) -> list[Method]:
-    chosen = recipe.adapter.adapter()
-    return [chosen] if isinstance(chosen, Method) else list(chosen.values())
 
 
 def _start(method: Method) -> str | None:

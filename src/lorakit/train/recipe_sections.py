@@ -132,6 +132,10 @@ class AdapterSection(MethodSection):
             return self.build()
         return {key: group.build() for key, group in self.groups.items()}
 
+    def methods(self) -> list[Method]:
+        """The methods of the adapter, whatever their targets."""
+        return [self.build()] if self.groups is None else [group.build() for group in self.groups.values()]
+
 
 class TrainSection(Section):
     """The optimizer, the batches, and how long."""
@@ -234,6 +238,11 @@ class TrainSection(Section):
                 "fast says what learns faster, but by no ratio: set lora_plus_ratio, such as 16."
             )
         return self
+
+    def seed_of(self, what: Literal["init", "data", "dropout"]) -> int:
+        """The seed of one of the three draws: its own where it is set, else `seed`."""
+        own: int | None = getattr(self, f"{what}_seed")
+        return self.seed if own is None else own
 
 
 class GenerateSection(Section):

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lorakit.errors import DataError, listing
 from lorakit.models.conversation import ConversationRenderer
+from lorakit.train.cutting import Overlong
 from lorakit.train.examples import Example
 from lorakit.train.row_set import RowSet, TokenRow
 
@@ -27,18 +28,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Rendered(TokenRow):
-    """One row as the model sees it.
+    """A conversation or a text as the model sees it; a token's label is its id, and the first is never learnt.
 
     Attributes:
-        id: The example's.
-        ids: Token ids.
-        labels: For each token its id where it is learnt, else -100; the first is never learnt.
         example: What it was rendered from, for people who look at the row.
     """
 
-    id: str
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
     example: Example | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -159,7 +154,7 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    overlong: Literal["drop", "truncate", "error"] = "drop",
+    overlong: Overlong = "drop",
 ) -> RenderedSet:
     """All rows of a split.
 

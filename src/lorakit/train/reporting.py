@@ -190,10 +190,9 @@ class Reporting(TrainerCallback):
         """Make up for a measurement that a stop left out, and tell whether the run is over because of patience.
 
         Args:
-            checkpoint: From which the run goes on, with the adapters as they were then on the model.
+            checkpoint: From which the run goes on; its counts are restored, and its adapters are on the model.
             step: Of that checkpoint.
         """
-        self.restore(checkpoint)
         if self._owes_measurement and self.measure is not None:
             line = self._measured(step, last=False)
             self._owes_measurement = False

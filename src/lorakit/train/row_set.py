@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
+
+from lorakit.errors import listing
 
 
 class Row(Protocol):
@@ -22,11 +26,19 @@ class Row(Protocol):
         """What is trained on, as JSON can hold it; a run that is resumed must find the same."""
 
 
+@dataclass(frozen=True)
 class TokenRow:
-    """The size and content of a row of token ids with labels."""
+    """A row of token ids with labels, as the model sees it.
 
+    Attributes:
+        id: The example's name, or its place.
+        ids: Token ids.
+        labels: What is learnt: for each token its label, -100 where nothing is learnt; or for the row, alone.
+    """
+
+    id: str
     ids: tuple[int, ...]
-    labels: Any
+    labels: tuple[Any, ...]
 
     @property
     def length(self) -> int:
@@ -83,3 +95,21 @@ class RowSet(Generic[R]):
         if self.truncated:
             words += f"; {self.truncated} longer rows cut"
         return words
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSet(RowSet[R]):
+    """The rows of a split whose labels have names.
+
+    Attributes:
+        names: The labels, in the order of the logits.
+    """
+
+    names: tuple[str, ...]
+
+    def shares(self, labels: Iterable[int]) -> str:
+        """The share of each label among some, for people: ``"cat 75 %, dog 25 %"``."""
+        counts = Counter(labels)
+        total = counts.total()
+        shares = [f"{name} {100 * counts[i] / total:.0f} %" for i, name in enumerate(self.names)]
+        return listing(shares, most=12)

@@ -64,16 +64,20 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 def versions() -> dict[str, str]:
     """Package to version, of what a run's numbers may depend on."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found |= {package: there for package in _PACKAGES if (there := version_of(package)) is not None}
     if "lorakit" not in found:  # run from the source folder
         import lorakit
 
         found["lorakit"] = lorakit.__version__
     return found
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package, or None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:
@@ -92,15 +96,22 @@ def machine() -> dict[str, Any]:
     }
 
 
-def what_changed(run: Mapping[str, Any]) -> list[str]:
+def what_changed(run: Mapping[str, Any], processes: int = 1) -> list[str]:
     """What a resumed run's last digits may depend on and what is not as it was when the run was started.
 
     Args:
         run: Its ``run.json``.
+        processes: How many train together now.
     """
-    now = {**versions(), **{key: machine()[key] for key in ("processor", "threads", "kernels")}}
+    here = machine()
+    now = {**versions(), **{key: here[key] for key in ("processor", "threads", "kernels")}}
     then = {**run.get("versions", {}), **run.get("machine", {})}
-    return [f"{key} was {then[key]}, is {now[key]}" for key in now if key in then and then[key] != now[key]]
+    changed = [
+        f"{key} was {then[key]}, is {now[key]}" for key in now if key in then and then[key] != now[key]
+    ]
+    if (before := run.get("processes", 1)) != processes:
+        changed.append(f"processes were {before}, are {processes}")
+    return changed
 
 
 def _processor() -> str:
@@ -130,9 +141,9 @@ def run_record(
         "machine": machine(),
         "command": command_line(),
         "seeds": {
-            "init": settings.seed if settings.init_seed is None else settings.init_seed,
-            "data": settings.seed if settings.data_seed is None else settings.data_seed,
-            "dropout": settings.seed if settings.dropout_seed is None else settings.dropout_seed,
+            "init": settings.seed_of("init"),
+            "data": settings.seed_of("data"),
+            "dropout": settings.seed_of("dropout"),
         },
         "data_hash": data_hash,
         "data": {

@@ -1,4 +1,4 @@
-"""Writing what was trained: the adapter's files and its card, for the last step and for the best one."""
+"""The output folder of a run: free before it, and then the adapters with their cards, the last and the best ones."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.attach.attach import state_of
 from lorakit.attach.attachments import root_of
+from lorakit.errors import ConfigError
 from lorakit.io.adapter_directory import write
 from lorakit.io.model_outline import outline_of
+from lorakit.train.bad_batch import RECORD, TENSORS
 from lorakit.train.best import Best
-from lorakit.train.model_card import public_name, write_card
+from lorakit.train.model_card import card, public_name, write_card
 from lorakit.train.recipe import Recipe
-from lorakit.train.run_files import write_json
+from lorakit.train.run_files import read_run, write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,8 +71,7 @@ class Writer:
             written[name] = write(state, folder, outline=outline_of(root_of(self.model)))
             if name in self.beside:
                 self.beside[name](folder)
-            write_card(
-                folder,
+            text = card(
                 recipe,
                 self.reports[name],
                 base=public_name(recipe.model.name),
@@ -78,6 +79,7 @@ class Writer:
                 outcome=outcome,
                 versions=self.record["versions"],
             )
+            write_card(folder, text)
         return written
 
     def keep(self, folder: Path, best: Best) -> None:
@@ -92,8 +94,33 @@ class Writer:
             write_json(folder / BEST_RECORD, best.plain())
 
 
-def forget_best(folders: Sequence[Path]) -> None:
-    """Remove the best adapters of an older run, lest they be taken for this one's."""
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is a file, or that holds a run.
+
+    Args:
+        folder: The recipe's output.
+        overwrite: Whether a run that is there may be replaced.
+
+    Raises:
+        ConfigError: It is not free.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"The output {folder} is a file; name a folder.")
+    run = read_run(folder) if folder.is_dir() else None
+    if run is not None and not overwrite:
+        how = run.get("ended", {}).get("how", "not finished")
+        raise ConfigError(
+            f"{folder} holds a run already ({how}). Resume it (--resume), replace it (--overwrite), or "
+            "name another output (--out)."
+        )
+
+
+def clear(folders: Sequence[Path]) -> None:
+    """Remove what an older run left, lest it be taken for this one's; its adapter stays until it is replaced."""
     for folder in folders:
         shutil.rmtree(folder / BEST, ignore_errors=True)
-        (folder / BEST_RECORD).unlink(missing_ok=True)
+        for path in folder.glob("checkpoint-*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+        for name in (BEST_RECORD, RECORD, TENSORS):
+            (folder / name).unlink(missing_ok=True)

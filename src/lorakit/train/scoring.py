@@ -51,8 +51,6 @@ def run_batches(
     collator: Collator,
     settings: TrainSection,
     step: Callable[[list[int], Mapping[str, Tensor]], None],
-    *,
-    padded: bool,
     told: Callable[[int, int], None] | None = None,
 ) -> None:
     """Call ``step`` with the numbers of some rows and their batch, for all rows, in eval mode and without gradients.
@@ -62,10 +60,9 @@ def run_batches(
     Args:
         model: With whatever adapters act.
         rows: What to run.
-        collator: Makes the batches.
+        collator: Makes the batches; where it pads, rows of like length stand together.
         settings: For the size of the batches.
         step: Takes a batch on the model's device.
-        padded: Whether the collator pads: then rows of like length stand together.
         told: Called with the rows done and their number.
     """
     batches = plan_batches(
@@ -74,7 +71,7 @@ def run_batches(
         tokens=settings.batch_tokens,
         epochs=1,
         seed=0,
-        padded=padded,
+        padded=collator.padded,
     )
     was_training, done = model.training, 0
     device = next(model.parameters()).device
@@ -89,3 +86,30 @@ def run_batches(
                     told(done, len(rows))
     finally:
         model.train(was_training)
+
+
+def outputs(
+    model: PreTrainedModel,
+    rows: Sequence[R],
+    collator: Collator,
+    settings: TrainSection,
+    of: Callable[[Mapping[str, Tensor]], Tensor],
+    told: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """What a function of batches gives for each row ``(rows, ...)``, in the order of the rows and on the CPU.
+
+    Args:
+        model: See `run_batches`.
+        rows: See `run_batches`; at least one.
+        collator: See `run_batches`.
+        settings: See `run_batches`.
+        of: From a batch on the model's device to a tensor with one entry for each of its rows.
+        told: See `run_batches`.
+    """
+    found: dict[int, Tensor] = {}
+
+    def step(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
+        found.update(zip(numbers, of(batch).cpu(), strict=True))
+
+    run_batches(model, rows, collator, settings, step, told)
+    return torch.stack([found[i] for i in range(len(rows))])

@@ -49,13 +49,6 @@ class Place:
 Row = tuple[Place, dict[str, Any]]
 
 
-def read_table(
-    path: Path, kind: TableFormat = "auto", most: int | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with its place (``"train.csv, line 7"``); see `file_rows`."""
-    return ((str(place), row) for place, row in file_rows(path, kind, most))
-
-
 def file_rows(
     path: Path,
     kind: TableFormat = "auto",

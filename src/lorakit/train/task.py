@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.attach import AttachReport
 from lorakit.core import Method
 from lorakit.errors import ConfigError
-from lorakit.models import ResolvedModel, load_tokenizer, resolve
+from lorakit.models import ResolvedModel, load_model, load_tokenizer, resolve
+from lorakit.models import Task as ModelTask
 from lorakit.models.chat_template import read_template
 from lorakit.train.batches import plan_run
 from lorakit.train.collate import Collator
@@ -35,12 +36,14 @@ class Task(ABC):
 
     Attributes:
         objective: What is minimised; known at the latest when the model is.
+        model_kind: What the base model is for, as `lorakit.models.load_model` takes it.
         measures: The names of what `measure` returns; the best adapter can be told by any of them.
         head: Paths of the modules that are trained in full whatever the adapter is; known when the model is.
         parts: The adapters of the run, each as a task with a recipe of its own; most runs have one.
     """
 
     objective: Objective
+    model_kind: ClassVar[ModelTask] = "causal-lm"
     measures: tuple[str, ...] = ("valid_loss",)
 
     def __init__(self, recipe: Recipe) -> None:
@@ -74,9 +77,16 @@ class Task(ABC):
     def rows(self, tokenizer: Any, split: Split) -> RowSet[Any]:
         """The rows of a split to learn from or to measure the loss on; the training split comes first."""
 
-    @abstractmethod
     def load(self, resolved: ResolvedModel | str) -> PreTrainedModel:
         """The base model."""
+        section = self.recipe.model
+        return load_model(
+            resolved,
+            task=self.model_kind,
+            dtype=section.dtype,
+            device=section.device,
+            revision=section.revision,
+        )
 
     def accept(self, model: PreTrainedModel) -> None:  # noqa: B027 - most tasks take any model
         """Check a base model that the caller has loaded."""
@@ -112,9 +122,9 @@ class Task(ABC):
         made: Collator = collator
         return made
 
-    @abstractmethod
     def adapter(self, model: PreTrainedModel) -> Attachable:
         """What `lorakit.attach` is given: the recipe's adapter and its targets."""
+        return self.recipe.adapter.adapter(), self.recipe.adapter.targets
 
     def check(self, model: PreTrainedModel, report: AttachReport) -> None:  # noqa: B027 - nor asks more of an adapter
         """Check what was attached."""

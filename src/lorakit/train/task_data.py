@@ -7,15 +7,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lorakit.errors import ConfigError
-from lorakit.train.data_sections import DataSection, TableFormat
+from lorakit.train.data_sections import MAX_ROWS, TABLE_FORMAT, DataSection, TableFormat, check_splits
 from lorakit.train.data_source import DataSource
 from lorakit.train.sections import InputPath
-
-_MAX_ROWS = "Read only the first rows of a split: `{train: 100}`."
-_FORMAT = (
-    "`jsonl`, `json` (a list of objects), `csv` or `tsv` (with a line of names) or `parquet`; `auto` tells by the "
-    "file's ending."
-)
 
 
 class TaggedData(DataSection):
@@ -24,14 +18,12 @@ class TaggedData(DataSection):
     train: DataSource | None = Field(default=None, description="What to train on; its tags are learnt.")
     valid: DataSource | None = Field(default=None, description="Of loss and accuracy during training.")
     test: DataSource | None = Field(default=None, description="To score.")
-    format: TableFormat = Field(default="auto", description=_FORMAT)
+    format: TableFormat = Field(default="auto", description=TABLE_FORMAT)
     tokens: str = Field(default="tokens", description="Name of the column with the list of words.")
     tags: str = Field(
         default="tags", description="Name of the column with the list of tags, a word or a whole number each."
     )
-    max_rows: dict[Literal["train", "valid", "test"], int] = Field(
-        default_factory=dict, description=_MAX_ROWS
-    )
+    max_rows: dict[Literal["train", "valid", "test"], int] = Field(default_factory=dict, description=MAX_ROWS)
 
     @model_validator(mode="after")
     def _check(self) -> TaggedData:
@@ -45,7 +37,7 @@ class PairData(DataSection):
     train: DataSource | None = Field(default=None, description="What to train on.")
     valid: DataSource | None = Field(default=None, description="Of the loss during training.")
     test: DataSource | None = Field(default=None, description="To score.")
-    format: TableFormat = Field(default="auto", description=_FORMAT)
+    format: TableFormat = Field(default="auto", description=TABLE_FORMAT)
     text: str = Field(default="text", description="Name of the column with the first text.")
     second_text: str = Field(default="second_text", description="Name of the column with its partner.")
     score: str | None = Field(
@@ -58,9 +50,7 @@ class PairData(DataSection):
         default_factory=dict,
         description="Read only rows whose columns have these values: `{label_name: entailment}`.",
     )
-    max_rows: dict[Literal["train", "valid", "test"], int] = Field(
-        default_factory=dict, description=_MAX_ROWS
-    )
+    max_rows: dict[Literal["train", "valid", "test"], int] = Field(default_factory=dict, description=MAX_ROWS)
 
     @model_validator(mode="after")
     def _check(self) -> PairData:
@@ -93,10 +83,8 @@ class ImageData(DataSection):
     std: list[float] | None = Field(
         default=None, description="What each channel is then divided by; by default as the model's."
     )
-    flip: bool = Field(default=False, description="Train on each picture's mirror image every other pass.")
-    max_rows: dict[Literal["train", "valid", "test"], int] = Field(
-        default_factory=dict, description=_MAX_ROWS
-    )
+    flip: bool = Field(default=False, description="Train on each picture's mirror image too.")
+    max_rows: dict[Literal["train", "valid", "test"], int] = Field(default_factory=dict, description=MAX_ROWS)
 
     @model_validator(mode="after")
     def _check(self) -> ImageData:
@@ -106,15 +94,3 @@ class ImageData(DataSection):
         if self.std is not None and not all(value > 0 for value in self.std):
             raise ConfigError("std divides, so it must be above 0.")
         return self
-
-
-def check_splits(data: TaggedData | PairData | ImageData) -> None:
-    """At least one split, and no empty ones.
-
-    Raises:
-        ConfigError: It is not so.
-    """
-    if data.train is None and data.valid is None and data.test is None:
-        raise ConfigError("name at least one file: train, valid or test.")
-    if any(rows < 1 for rows in data.max_rows.values()):
-        raise ConfigError("max_rows must be at least 1.")

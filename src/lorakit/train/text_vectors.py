@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import DataError
-from lorakit.train.collate import side_by_side
-from lorakit.train.cutting import cut_texts
+from lorakit.train.collate import text_batch
+from lorakit.train.cutting import PlainText, cut_texts
 from lorakit.train.recipe import TrainSection
 from lorakit.train.row_set import TokenRow
-from lorakit.train.scoring import run_batches
+from lorakit.train.scoring import outputs
 from lorakit.train.task_sections import Pooling
 
 if TYPE_CHECKING:
@@ -23,32 +23,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PlainText:
-    """A text with its place.
-
-    Attributes:
-        place: File and line.
-        text: The text.
-        second: There is none.
-    """
-
-    place: str
-    text: str
-    second: None = None
-
-
-@dataclass(frozen=True)
 class TextRow(TokenRow):
-    """A text as the model sees it.
+    """A text as the model sees it, of which nothing is learnt."""
 
-    Attributes:
-        id: Its place.
-        ids: Token ids.
-        labels: There are none.
-    """
-
-    id: str
-    ids: tuple[int, ...]
     labels: tuple[int, ...] = ()
 
 
@@ -62,14 +39,6 @@ class TextCollator:
     def __call__(self, rows: Sequence[TextRow]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` ``(rows, longest)``."""
         return text_batch([row.ids for row in rows], self.pad)
-
-
-def text_batch(texts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` ``(texts, longest)``."""
-    return {
-        "input_ids": side_by_side(texts, pad),
-        "attention_mask": side_by_side([[1] * len(ids) for ids in texts], 0),
-    }
 
 
 def vectors(model: nn.Module, batch: Mapping[str, Tensor], pooling: Pooling) -> Tensor:
@@ -136,14 +105,8 @@ def embed(
     """
     if not texts:
         raise DataError("There is nothing to embed: texts is empty.")
-    plain = [PlainText(str(i), text) for i, text in enumerate(texts)]
+    plain = [PlainText(str(i), text, None) for i, text in enumerate(texts)]
     cut = cut_texts(plain, tokenizer, max_length=max_length, overlong="truncate")
     rows = [TextRow(text.place, encoded.ids) for text, encoded in cut.kept]
-    found: dict[int, Tensor] = {}
-
-    def step(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
-        found.update(zip(numbers, vectors(model, batch, pooling).cpu(), strict=True))
-
-    collator = TextCollator(int(tokenizer.pad_token_id))
-    run_batches(model, rows, collator, TrainSection(batch_rows=batch_rows), step, padded=True, told=told)
-    return torch.stack([found[i] for i in range(len(rows))])
+    collator, settings = TextCollator(int(tokenizer.pad_token_id)), TrainSection(batch_rows=batch_rows)
+    return outputs(model, rows, collator, settings, lambda batch: vectors(model, batch, pooling), told)

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorakit.attach import AttachReport, detach, training_processes
-from lorakit.attach.attachments import attachments_of
-from lorakit.core import AdapterState, TrainingProcess
+from lorakit.attach import detach
 from lorakit.errors import ConfigError
-from lorakit.models import BUILTINS
-from lorakit.train.arguments import arguments, checkpoint_activations, optimizer_groups, without_printing
-from lorakit.train.bad_batch import RECORD, TENSORS
+from lorakit.train.arguments import arguments, checkpoint_activations, without_printing
+from lorakit.train.attaching import attach_all, processes_of, trained_parameters
 from lorakit.train.batches import shared_out
 from lorakit.train.best import best_of
-from lorakit.train.collate import Collator
 from lorakit.train.distributed import World, join, shard
-from lorakit.train.learners import Learner, parameters_of
 from lorakit.train.progress import Progress, Silent
 from lorakit.train.quantized_base import check_handed_in, quantize_base
 from lorakit.train.recipe import Recipe
@@ -38,95 +29,17 @@ from lorakit.train.run_files import (
     what_changed,
     write_json,
 )
-from lorakit.train.saving import Writer, forget_best
-from lorakit.train.starts import Batch, attach_adapter
+from lorakit.train.saving import Writer, check_free, clear
 from lorakit.train.task import Task
 from lorakit.train.tasks import task_of
 from lorakit.train.tracker_packages import check_installed
+from lorakit.train.train_result import TrainResult
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorakit.plan import Plan
     from lorakit.train.reporting import Reporting
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run did.
-
-    Attributes:
-        folder: The output folder.
-        adapters: Name on ``model`` to the folder of each trained adapter; most runs have one.
-        steps: Optimizer steps done, those before a resume included.
-        seconds: Spent training, without loading and without scoring.
-        tokens: Tokens read.
-        learnt_tokens: Of these, tokens that were learnt; for a classifier, rows.
-        losses: Mean loss over what each step taught, in nats; with several adapters the mean of theirs.
-        losses_of: With several adapters each one's own, by name.
-        valid_loss: The last one measured, if the recipe names a valid split.
-        stopped_by: ``"max_seconds"``, ``"patience"`` or ``"interrupt"`` when the run ended before its last step.
-        best: The best measurement on the valid split (its ``metric``, ``value`` and ``step``), where that was watched;
-            the adapters of that step are in ``best/``.
-        silent: Targets that had no gradient in the first steps.
-        reports: What was attached, by the adapter's name.
-        plot: The picture of the loss, where matplotlib is installed.
-        model: The model with the trained adapter on it, in ``eval()``.
-        tokenizer: Its tokenizer.
-    """
-
-    folder: Path
-    adapters: Mapping[str, Path]
-    steps: int
-    seconds: float
-    tokens: int
-    learnt_tokens: int
-    losses: tuple[float, ...]
-    losses_of: Mapping[str, Sequence[float]]
-    valid_loss: float | None
-    stopped_by: str | None
-    best: Mapping[str, Any] | None
-    silent: tuple[str, ...]
-    reports: Mapping[str, AttachReport]
-    plot: Path | None
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def name(self) -> str:
-        """The adapter's name on ``model``; the first one's where there are several."""
-        return next(iter(self.adapters))
-
-    @property
-    def adapter(self) -> Path:
-        """The folder of the trained adapter; the first one's where there are several."""
-        return self.adapters[self.name]
-
-    @property
-    def report(self) -> AttachReport:
-        """What was attached; of the first adapter where there are several."""
-        return self.reports[self.name]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens read in a second of training."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    def plain(self) -> dict[str, Any]:
-        """How the run ended, as JSON can hold it."""
-        return {
-            "how": self.stopped_by or "finished",
-            "steps": self.steps,
-            "seconds": round(self.seconds, 3),
-            "tokens": self.tokens,
-            "learnt_tokens": self.learnt_tokens,
-            "tokens_per_second": round(self.tokens_per_second, 1),
-            "last_loss": self.losses[-1],
-            "valid_loss": self.valid_loss,
-            "best": self.best,
-            **({"without_gradient": list(self.silent)} if self.silent else {}),
-        }
 
 
 def train(
@@ -162,7 +75,7 @@ def train(
     progress = progress if progress is not None and world.is_main else Silent()
     folder = recipe.output
     if not resume:
-        _check_free(folder, overwrite)
+        check_free(folder, overwrite)
     settings = recipe.train
     check_installed(settings.report_to)
     task = task_of(recipe)
@@ -195,33 +108,33 @@ def train(
     batches = task.batches(learnt, collator.padded)
     rounds = _shared_out(task, learnt, batches, world)
     steps = -(-len(batches) // settings.accumulation)
-    reports, learners = _attach_all(task, model, start, learnt, batches, collator)
+    reports, learners = attach_all(task, model, start, learnt, batches, collator)
     for name, report in reports.items():
         progress.say(str(report) if len(reports) == 1 else f"{name}: {report}")
     for part in task.parts:
         warning = part.warning(model, tokenizer)
         if warning is not None:
             progress.say(warning)
-    beside = _processes(task, model, learners)
+    beside = processes_of(task, model, learners)
     world.check_same("the recipe or the training data", (recipe.plain(), data_hash, str(checkpoint)))
-    world.copy_from_main(_trained(model, learners))
+    world.copy_from_main(trained_parameters(model, learners))
     if world.shards:
         progress.say(shard(model, world))
     folder.mkdir(parents=True, exist_ok=True)
     if world.is_main and not resume:
-        _clear([folder, *(part.recipe.output for part in task.parts)])
+        clear([folder, *(part.recipe.output for part in task.parts)])
     done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if checkpoint is not None:
         progress.say(f"resuming after step {done} of {steps}")
-        before = read_run(folder) or {}
-        changed = what_changed(before)
-        if (processes := before.get("processes", 1)) != world.size:
-            changed.append(f"processes were {processes}, are {world.size}")
+        changed = what_changed(read_run(folder) or {}, world.size)
         if changed:
             told = "; ".join(changed)
             progress.say(f"the last digits may differ from those of an uninterrupted run: {told}")
-    record = {**run_record(recipe, rows, data_hash, steps, list(reports.values())), "info": dict(task.info())}
-    record["processes"] = world.size
+    record = {
+        **run_record(recipe, rows, data_hash, steps, list(reports.values())),
+        "info": dict(task.info()),
+        "processes": world.size,
+    }
     if world.is_main:
         write_json(folder / "run.json", record)
 
@@ -345,29 +258,6 @@ def _finish(
 
 
 # ---- the parts of train
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"The output {folder} is a file; name a folder.")
-    run = read_run(folder) if folder.is_dir() else None
-    if run is not None and not overwrite:
-        how = run.get("ended", {}).get("how", "not finished")
-        raise ConfigError(
-            f"{folder} holds a run already ({how}). Resume it (--resume), replace it (--overwrite), or "
-            "name another output (--out)."
-        )
-
-
-def _clear(folders: Sequence[Path]) -> None:
-    """Remove what an older run left, lest it be taken for this one's; its adapter stays until it is replaced."""
-    forget_best(folders)
-    for folder in folders:
-        for path in folder.glob("checkpoint-*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-        for name in (RECORD, TENSORS):
-            (folder / name).unlink(missing_ok=True)
-
-
 def _shared_out(
     task: Task, rows: Sequence[Row], batches: Sequence[list[int]], world: World
 ) -> list[list[list[int]]]:
@@ -387,12 +277,6 @@ def _shared_out(
     return shared_out(batches, lengths, accumulation=accumulation, processes=world.size, whole=joint)
 
 
-def _trained(model: PreTrainedModel, learners: Sequence[Learner]) -> list[Tensor]:
-    """What is trained, each tensor once."""
-    found = {id(p): p for learner in learners for p in parameters_of(model, learner.name)}
-    return list(found.values())
-
-
 def _bill(
     task: Task,
     model: PreTrainedModel,
@@ -406,86 +290,3 @@ def _bill(
 
     shape = batch_shape(rows, batches, task.recipe.train.accumulation, packed=not padded)
     return task_plan(task, live_architecture(model), shape)
-
-
-def _attach_all(
-    task: Task,
-    model: PreTrainedModel,
-    start: AdapterState | None,
-    rows: Sequence[Row],
-    batches: Sequence[Sequence[int]],
-    collator: Collator,
-) -> tuple[dict[str, AttachReport], list[Learner]]:
-    """Put the adapters of all parts on the model; on an error none of them."""
-    reports: dict[str, AttachReport] = {}
-    learners = []
-    try:
-        for part in task.parts:
-            section, settings = part.recipe.adapter, part.recipe.train
-            own = [mine for batch in batches if (mine := task.rows_of(part, [rows[i] for i in batch]))]
-            first = partial(map, task.collator_of(part, collator), own[: section.start_batches])
-            reports[section.name] = _attach(part, model, start, first)
-            steps = -(-len(own) // settings.accumulation)
-            learners.append(Learner(section.name, steps, settings.lr))
-    except BaseException:
-        for name in reports:
-            detach(model, name)
-        raise
-    return reports, learners
-
-
-def _attach(
-    task: Task, model: PreTrainedModel, start: AdapterState | None, batches: Callable[[], Iterable[Batch]]
-) -> AttachReport:
-    section, settings = task.recipe.adapter, task.recipe.train
-    adapter, targets = task.adapter(model)
-    report = attach_adapter(
-        model,
-        adapter,
-        targets,
-        name=section.name,
-        exclude=section.exclude,
-        seed=settings.seed if settings.init_seed is None else settings.init_seed,
-        start=start,
-        batches=batches,
-        objective=task.objective,
-    )
-    try:
-        if not report.trainable:
-            raise ConfigError("The adapter has nothing to train.")
-        task.check(model, report)
-    except ConfigError:
-        detach(model, section.name)
-        raise
-    attached = attachments_of(model).adapter(section.name)
-    # Written into the adapter's files: the model's public name rather than a folder of this machine's cache.
-    base = _public_name(task.recipe.model.name)
-    attached.spec = dataclasses.replace(attached.spec, base=base, info={**attached.spec.info, **task.info()})
-    return report
-
-
-def _processes(task: Task, model: PreTrainedModel, learners: Sequence[Learner]) -> list[TrainingProcess]:
-    """What runs along; whatever does not fit the model or the number of steps is told before anything is written."""
-    try:
-        optimizer_groups(task.recipe.train, model)
-        found = {
-            learner.name: training_processes(model, learner.name, total_steps=learner.steps)
-            for learner in learners
-        }
-        most = max(learner.steps for learner in learners)
-        early = [learner for learner in learners if found[learner.name] and learner.steps < most]
-        if early:
-            raise ConfigError(
-                f"The method of the adapter {early[0].name!r} follows the steps of the whole run, but its own data "
-                f"last for {early[0].steps} of {most} steps: set train.max_steps, which holds for all adapters, or "
-                "train it alone."
-            )
-        return [process for name in found for process in found[name]]
-    except ConfigError:
-        for learner in learners:
-            detach(model, learner.name)
-        raise
-
-
-def _public_name(name: str) -> str:
-    return BUILTINS[name].hub_id if name in BUILTINS else name

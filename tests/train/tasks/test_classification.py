@@ -19,7 +19,7 @@ from lorakit.train.classifying import adapter_labels
 from lorakit.train.merging import merge_to_folder
 from tests.tiny_chat import save_tiny_chat, write_rows
 from tests.tiny_encoder import kind_rows, save_tiny_encoder
-from tests.train.test_trainer import StopAt, assert_equal, tensors
+from tests.train.test_trainer import assert_resumes, tensors
 
 MakeRecipe = Callable[..., Recipe]
 LABELS = ("animal", "colour", "tree")
@@ -144,11 +144,7 @@ def test_accumulation_equals_one_large_batch(classifier: MakeRecipe) -> None:
 )
 def test_a_stopped_run_goes_on_bit_for_bit(classifier: MakeRecipe, adapter: dict[str, Any]) -> None:
     settings: dict[str, Any] = {"max_steps": 5, "sections": {"adapter": adapter}, "lora_plus_ratio": 4}
-    whole = train(classifier("whole", **settings))
-    train(classifier("parts", **settings), progress=StopAt(3))
-    resumed = train(classifier("parts", **settings), resume=True)
-    assert resumed.losses == whole.losses
-    assert_equal(resumed.adapter, whole.adapter)
+    assert_resumes(lambda output: classifier(output, **settings), 3)
 
 
 def test_a_fresh_pooler_is_trained_and_saved_with_the_head(classifier: MakeRecipe, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lorakit.train.tasks import task_of
 from lorakit.train.tasks.embedding import PairCollator, PairRow
 from lorakit.train.text_vectors import TextCollator, TextRow, in_batch_negatives, vectors
 from tests.tiny_encoder import KINDS
-from tests.train.test_trainer import StopAt, assert_equal
+from tests.train.test_trainer import assert_resumes
 
 MakeTask = Callable[..., Recipe]
 WORDS = [(word, kind) for kind, words in KINDS.items() for word in words]
@@ -123,11 +123,7 @@ def test_rows_are_chosen_by_value(embedding: MakeTask) -> None:
 
 def test_resuming(embedding: MakeTask) -> None:
     settings = {"max_steps": 6, "save_every": 2}
-    whole = train(embedding("whole", train=settings))
-    train(embedding("parts", train=settings), progress=StopAt(3))
-    resumed = train(embedding("parts", train=settings), resume=True)
-    assert resumed.losses == whole.losses
-    assert_equal(resumed.adapter, whole.adapter)
+    assert_resumes(lambda output: embedding(output, train=settings), 3)
 
 
 def test_what_is_refused(embedding: MakeTask) -> None:

@@ -18,7 +18,7 @@ from lorakit.errors import ConfigError, DataError
 from lorakit.models.cifar_resnet import CifarResNet
 from lorakit.models.image_classifier import image_head
 from lorakit.train import Recipe, evaluate, train
-from tests.train.test_trainer import StopAt, assert_equal
+from tests.train.test_trainer import assert_resumes
 
 MakeImages = Callable[..., Recipe]
 
@@ -167,11 +167,7 @@ def test_a_network_of_the_callers_own(images: MakeImages) -> None:
 
 def test_resuming(images: MakeImages, resnet: Path) -> None:
     settings = {"max_steps": 6, "save_every": 2}
-    whole = train(images(resnet, "whole", train=settings))
-    train(images(resnet, "parts", train=settings), progress=StopAt(3))
-    resumed = train(images(resnet, "parts", train=settings), resume=True)
-    assert resumed.losses == whole.losses
-    assert_equal(resumed.adapter, whole.adapter)
+    assert_resumes(lambda output: images(resnet, output, train=settings), 3)
 
 
 def test_what_is_refused(images: MakeImages, vit: Path, resnet: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lorakit.models import load_classifier
 from lorakit.train import Recipe, evaluate, train
 from lorakit.train.tasks.regression import OUTPUT
 from tests.tiny_encoder import KINDS
-from tests.train.test_trainer import StopAt, assert_equal
+from tests.train.test_trainer import assert_resumes
 
 MakeTask = Callable[..., Recipe]
 VALUE = {"animal": -1.5, "tree": 0.25, "colour": 2.0}
@@ -63,11 +63,7 @@ def test_pairs_and_resuming(measure: MakeTask) -> None:
     rows = [{"text": "cat", "second_text": row["text"], "label": str(row["label"])} for row in ROWS]
     data = {"second_text": "second_text"}
     settings = {"max_steps": 6, "save_every": 2}
-    whole = train(measure("whole", rows, data=data, train=settings))
-    train(measure("parts", rows, data=data, train=settings), progress=StopAt(3))
-    resumed = train(measure("parts", rows, data=data, train=settings), resume=True)
-    assert resumed.losses == whole.losses
-    assert_equal(resumed.adapter, whole.adapter)
+    whole = assert_resumes(lambda output: measure(output, rows, data=data, train=settings), 3)
     assert {"classifier.weight", "classifier.bias"} <= set(lk.read(whole.adapter).spec.methods)
 
 

@@ -14,13 +14,14 @@ import lorakit as lk
 from lorakit.errors import ConfigError, DataError, RecipeError
 from lorakit.models import load_model, load_tokenizer
 from lorakit.train import Recipe, evaluate, train
+from lorakit.train.collate import PaddedCollator
 from lorakit.train.generation import generate_from_sources
 from lorakit.train.pairs import TextPair
 from lorakit.train.recipe import GenerateSection
 from lorakit.train.tasks import task_of
-from lorakit.train.tasks.seq2seq import Seq2SeqCollator, seq2seq_rows
+from lorakit.train.tasks.seq2seq import seq2seq_rows
 from tests.tiny_chat import colour_rows
-from tests.train.test_trainer import StopAt, assert_equal
+from tests.train.test_trainer import assert_resumes
 
 MakeTask = Callable[..., Recipe]
 ROWS = [{"source": row["prompt"], "target": row["completion"]} for row in colour_rows(12)]
@@ -67,7 +68,7 @@ def test_the_loss_is_transformers_own(writer: MakeTask) -> None:
     task = task_of(recipe)
     model, tokenizer = load_model(recipe.model.name, task="seq2seq"), load_tokenizer(recipe.model.name)
     rows = task.rows(tokenizer, "train").rows
-    batch = Seq2SeqCollator(2)(rows[:5])
+    batch = PaddedCollator(2)(rows[:5])
     with torch.no_grad():
         mean = model(**batch).loss.item()
         ours = task.objective.summed(model, model, batch).item() / task.objective.count(batch)
@@ -75,7 +76,7 @@ def test_the_loss_is_transformers_own(writer: MakeTask) -> None:
     assert task.objective.each is not None
     with torch.no_grad():
         losses, owners = task.objective.each(model, model, batch)
-        one = task.objective.summed(model, model, Seq2SeqCollator(2)(rows[1:2])).item()
+        one = task.objective.summed(model, model, PaddedCollator(2)(rows[1:2])).item()
     assert losses[owners == 1].sum().item() == pytest.approx(one, rel=1e-4)
 
 
@@ -84,7 +85,7 @@ def test_every_target_ends_and_padding_is_not_learnt(writer: MakeTask) -> None:
     pairs = [TextPair("a", "f:1", "x", "yy", ("yy",)), TextPair("b", "f:2", "xxxx", "y", ("y",))]
     rows = seq2seq_rows(pairs, tokenizer, max_length=20, overlong="drop")
     assert [row.labels[-1] for row in rows.rows] == [tokenizer.eos_token_id] * 2
-    batch = Seq2SeqCollator(int(tokenizer.pad_token_id))(rows.rows)
+    batch = PaddedCollator(int(tokenizer.pad_token_id))(rows.rows)
     assert (batch["labels"] == -100).sum() == 1
     assert batch["attention_mask"].sum().item() == sum(len(row.ids) for row in rows.rows)
     cut = seq2seq_rows(pairs, tokenizer, max_length=2, overlong="truncate")
@@ -108,7 +109,7 @@ def test_beam_search_finds_likelier_texts(writer: MakeTask) -> None:
         rows = tuple(replace(row, labels=row.labels[:3]) for row in rows)
         with torch.no_grad():
             return float(
-                task_of(recipe).objective.summed(result.model, result.model, Seq2SeqCollator(2)(rows))
+                task_of(recipe).objective.summed(result.model, result.model, PaddedCollator(2)(rows))
             )
 
     assert loss(8) <= loss(1) + 1e-3
@@ -121,11 +122,7 @@ def test_beam_search_finds_likelier_texts(writer: MakeTask) -> None:
 
 def test_resuming(writer: MakeTask) -> None:
     settings = {"max_steps": 6, "save_every": 2}
-    whole = train(writer("whole", train=settings))
-    train(writer("parts", train=settings), progress=StopAt(3))
-    resumed = train(writer("parts", train=settings), resume=True)
-    assert resumed.losses == whole.losses
-    assert_equal(resumed.adapter, whole.adapter)
+    assert_resumes(lambda output: writer(output, train=settings), 3)
 
 
 def test_what_is_refused(writer: MakeTask) -> None:

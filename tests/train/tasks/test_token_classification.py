@@ -12,9 +12,10 @@ import torch
 from lorakit.errors import ConfigError, DataError
 from lorakit.models import load_classifier
 from lorakit.train import Recipe, evaluate, read_metrics, train
-from lorakit.train.tasks.token_classification import TaggedCollator, TaggedWords, tag_names, tag_rows
+from lorakit.train.collate import PaddedCollator
+from lorakit.train.tasks.token_classification import TaggedWords, tag_names, tag_rows
 from tests.tiny_encoder import KINDS, kind_rows
-from tests.train.test_trainer import StopAt, assert_equal
+from tests.train.test_trainer import assert_resumes
 
 MakeTask = Callable[..., Recipe]
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words}
@@ -76,7 +77,7 @@ def test_the_first_token_of_a_word_has_its_tag(tagger: MakeTask) -> None:
         overlong="truncate",
     )
     assert (cut.rows[0].labels, cut.truncated, cut.learnt) == ((1, -100), 1, 1)
-    assert TaggedCollator(0)([*rows.rows, *cut.rows])["labels"].tolist() == [[1, -100, 0], [1, -100, -100]]
+    assert PaddedCollator(0)([*rows.rows, *cut.rows])["labels"].tolist() == [[1, -100, 0], [1, -100, -100]]
 
 
 def test_words_behind_the_cut_are_missed(tagger: MakeTask) -> None:
@@ -90,11 +91,7 @@ def test_words_behind_the_cut_are_missed(tagger: MakeTask) -> None:
 
 def test_resuming(tagger: MakeTask) -> None:
     settings = {"max_steps": 6, "save_every": 2, "accumulation": 2}
-    whole = train(tagger("whole", train=settings))
-    train(tagger("parts", train=settings), progress=StopAt(3))
-    resumed = train(tagger("parts", train=settings), resume=True)
-    assert resumed.losses == whole.losses
-    assert_equal(resumed.adapter, whole.adapter)
+    assert_resumes(lambda output: tagger(output, train=settings), 3)
 
 
 @pytest.mark.parametrize(

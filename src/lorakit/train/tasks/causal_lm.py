@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.core import Method
 from lorakit.errors import ConfigError
-from lorakit.models import ResolvedModel, load_model
 from lorakit.models.chat_template import save_template
 from lorakit.models.conversation import stop_id
 from lorakit.train.collate import Collator, choose_collator
@@ -25,7 +23,7 @@ from lorakit.train.results import Answer, EvalResult
 from lorakit.train.scores import text_scores
 from lorakit.train.stop_token import stop_token_warning
 from lorakit.train.strands import Strand, conversation_strand
-from lorakit.train.task import Attachable, Task, telling
+from lorakit.train.task import Task, telling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,22 +32,12 @@ if TYPE_CHECKING:
 class DecoderTask(Task):
     """What tasks have in common that train a decoder without a head of its own."""
 
-    def load(self, resolved: ResolvedModel | str) -> PreTrainedModel:
-        """A decoder."""
-        section = self.recipe.model
-        return load_model(resolved, dtype=section.dtype, device=section.device, revision=section.revision)
-
     def collator(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Collator, str | None]:
         """Packed where the recipe asks for it, or a probe shows that it is exact."""
-        chosen = self.recipe.adapter.adapter()
-        methods = [chosen] if isinstance(chosen, Method) else chosen.values()
+        methods = self.recipe.adapter.methods()
         return choose_collator(self.recipe.train.batching, model, tokenizer, methods)
-
-    def adapter(self, model: PreTrainedModel) -> Attachable:
-        """As it stands in the recipe."""
-        return self.recipe.adapter.adapter(), self.recipe.adapter.targets
 
     def strands(self, tokenizer: PreTrainedTokenizerBase, row: Any) -> Sequence[Strand]:
         """The conversation, with who says what."""

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.train.collate import Collator, LabelCollator
@@ -22,14 +20,14 @@ from lorakit.train.labelled import (
     load_texts,
     tokenize,
 )
-from lorakit.train.loss import LABEL
+from lorakit.train.loss import LABEL, without
 from lorakit.train.progress import Progress
 from lorakit.train.recipe import TrainSection
 from lorakit.train.results import EvalResult
-from lorakit.train.scoring import run_batches
+from lorakit.train.scoring import outputs
 from lorakit.train.strands import Strand, token_strand
 from lorakit.train.task import telling
-from lorakit.train.tasks.headed import HeadedTask, label_result
+from lorakit.train.tasks.headed import HeadedTask, label_measures, label_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +38,7 @@ class Classification(HeadedTask):
 
     objective = LABEL
     measures = ("valid_loss", "valid_accuracy")
-    head_kind = "sequence-classification"
+    model_kind = "sequence-classification"
     peft_task = "SEQ_CLS"
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, split: Split) -> LabelledSet:
@@ -73,11 +71,7 @@ class Classification(HeadedTask):
     def measure(self, model: PreTrainedModel, rows: Sequence[LabelledRow], collator: Any) -> dict[str, float]:
         """The loss, and the share of right labels."""
         logits = label_logits(model, rows, collator, self.recipe.train)
-        gold = torch.tensor([row.labels[0] for row in rows])
-        return {
-            "valid_loss": F.cross_entropy(logits, gold).item(),
-            "valid_accuracy": (logits.argmax(dim=1) == gold).float().mean().item(),
-        }
+        return label_measures(logits, rows)
 
     def examples(self, split: Split, limit: int | None) -> list[LabelledText]:
         """Texts with the labels that they have."""
@@ -129,11 +123,9 @@ def label_logits(
         settings: For the size of the batches.
         told: Called with the rows done and their number.
     """
-    found: dict[int, Tensor] = {}
 
-    def answer(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        found.update(zip(numbers, model(**inputs).logits.float().cpu(), strict=True))
+    def logits(batch: Mapping[str, Tensor]) -> Tensor:
+        found: Tensor = model(**without(batch, "labels")).logits
+        return found.float()
 
-    run_batches(model, rows, collator, settings, answer, padded=collator.padded, told=told)
-    return torch.stack([found[i] for i in range(len(rows))])
+    return outputs(model, rows, collator, settings, logits, told)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ConfigError, DataError
-from lorakit.models import ResolvedModel, load_model
-from lorakit.train.collate import Collator
+from lorakit.models import ResolvedModel
+from lorakit.train.collate import Collator, text_batch
 from lorakit.train.columns import column_number, column_text, column_value
 from lorakit.train.correlation import pearson, spearman
-from lorakit.train.cutting import Overlong, cut_texts
+from lorakit.train.cutting import Overlong, PlainText, cut_texts
 from lorakit.train.loss import Objective, mean_of
 from lorakit.train.progress import Progress
 from lorakit.train.recipe import Recipe
@@ -28,10 +28,10 @@ from lorakit.train.row_set import Row, RowSet
 from lorakit.train.sources import source_rows
 from lorakit.train.split import Split, source_of
 from lorakit.train.strands import Strand
-from lorakit.train.task import Attachable, Task, check_length, telling
+from lorakit.train.task import Task, check_length, telling
 from lorakit.train.task_data import PairData
 from lorakit.train.task_sections import EmbeddingSection
-from lorakit.train.text_vectors import PlainText, embed, in_batch_negatives, text_batch, vectors
+from lorakit.train.text_vectors import embed, in_batch_negatives, vectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,6 +125,8 @@ def count_pairs(batch: Mapping[str, Tensor]) -> int:
 class Embedding(Task):
     """A model without a head that learns vectors of texts."""
 
+    model_kind = "feature-extraction"
+
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         settings = self.settings
@@ -160,14 +162,7 @@ class Embedding(Task):
 
     def load(self, resolved: ResolvedModel | str) -> PreTrainedModel:
         """A model without a head."""
-        section = self.recipe.model
-        model = load_model(
-            resolved,
-            task="feature-extraction",
-            dtype=section.dtype,
-            device=section.device,
-            revision=section.revision,
-        )
+        model = super().load(resolved)
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # BERT's, behind the tokens' states: nothing here reads what it makes
         return model
@@ -227,10 +222,6 @@ class Embedding(Task):
         alike = "" if row.score is None else f"score {row.score:g}"
         pair = (("first", row.first), ("partner", row.partner))
         return [Strand(ids, (False,) * len(ids), name=name, note=alike) for name, ids in pair]
-
-    def adapter(self, model: PreTrainedModel) -> Attachable:
-        """As it stands in the recipe."""
-        return self.recipe.adapter.adapter(), self.recipe.adapter.targets
 
     def info(self) -> Mapping[str, Any]:
         """How texts become vectors; the task in PEFT's word for it."""
@@ -324,7 +315,7 @@ def pair_rows(
     """
     both = [
         cut_texts(
-            [PlainText(pair.place, text) for pair, text in zip(pairs, texts, strict=True)],
+            [PlainText(pair.place, text, None) for pair, text in zip(pairs, texts, strict=True)],
             tokenizer,
             max_length=max_length,
             overlong=overlong,

@@ -16,7 +16,6 @@ from lorakit.errors import ConfigError, listing
 from lorakit.io import read
 from lorakit.methods import FullFineTuning
 from lorakit.models import Classifier, ResolvedModel, head_of, labels_of, load_classifier
-from lorakit.models import Task as ModelTask
 from lorakit.models.classifier import naming
 from lorakit.train.classifier_scores import accuracy, label_scores, macro_f1
 from lorakit.train.recipe import Recipe
@@ -26,17 +25,17 @@ from lorakit.train.task import Attachable, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lorakit.models.image_classifier import ImageClassifier
+
 
 class HeadedTask(Task):
     """A head over a pretrained body.
 
     Attributes:
-        head_kind: What the head is for, as `lorakit.models.load_classifier` takes it.
         peft_task: PEFT's word for the task, where it has one.
         labels: In the order of the logits; known when the training rows are.
     """
 
-    head_kind: ClassVar[ModelTask]
     peft_task: ClassVar[str | None] = None
 
     def __init__(self, recipe: Recipe) -> None:
@@ -70,29 +69,34 @@ class HeadedTask(Task):
 
     def _loaded(self, resolved: ResolvedModel | str, labels: Sequence[str] | None) -> PreTrainedModel:
         made = self.read_model(resolved, labels)
-        self.head, self.labels = made.head, made.labels
+        self.head, self.labels = made.head, made.labels or ()
         return made.model
 
-    def read_model(self, resolved: ResolvedModel | str, labels: Sequence[str] | None) -> Classifier:
+    def read_model(
+        self, resolved: ResolvedModel | str, labels: Sequence[str] | None
+    ) -> Classifier | ImageClassifier:
         """The model with its head."""
         section, settings = self.recipe.model, self.recipe.train
         return load_classifier(
             resolved,
             labels,
-            task=self.head_kind,
+            task=self.model_kind,
             dtype=section.dtype,
             device=section.device,
             revision=section.revision,
-            seed=settings.seed if settings.init_seed is None else settings.init_seed,
+            seed=settings.seed_of("init"),
         )
 
     def accept(self, model: PreTrainedModel) -> None:
         """It must have a head of the right size, which gets the labels' names."""
         self.head = head_of(model)
-        have = labels_of(model)
+        self._name_outputs(model, labels_of(model), "labels")
+
+    def _name_outputs(self, model: Any, have: Sequence[str], what: str) -> None:
+        """Give the model the names of the training data's labels, in place of as many others."""
         if len(have) != len(self.labels):
             raise ConfigError(
-                f"The model has a head for {len(have)} labels; the training data has {len(self.labels)}: "
+                f"The model has a head for {len(have)} {what}; the training data has {len(self.labels)}: "
                 f"{listing(self.labels, most=20)}."
             )
         for key, value in naming(self.labels).items():
@@ -133,6 +137,15 @@ def headed_info(task: str, labels: Sequence[str], peft_task: str | None) -> dict
         "task": task,
         "labels": list(labels),
         **({} if peft_task is None else {"peft": {"task_type": peft_task}}),
+    }
+
+
+def label_measures(logits: torch.Tensor, rows: Sequence[Any]) -> dict[str, float]:
+    """The loss and the share of right labels of some rows, from their logits ``(rows, labels)``."""
+    gold = torch.tensor([row.labels[0] for row in rows])
+    return {
+        "valid_loss": torch.nn.functional.cross_entropy(logits, gold).item(),
+        "valid_accuracy": (logits.argmax(dim=1) == gold).float().mean().item(),
     }
 
 

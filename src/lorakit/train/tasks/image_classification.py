@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.errors import ConfigError, listing
+from lorakit.errors import ConfigError
 from lorakit.models import ResolvedModel
-from lorakit.models.classifier import naming
 from lorakit.models.image_classifier import (
+    ImageClassifier,
     find_image_model,
     image_head,
     image_input,
@@ -35,11 +35,11 @@ from lorakit.train.progress import Progress
 from lorakit.train.recipe import Recipe
 from lorakit.train.results import EvalResult
 from lorakit.train.row_set import Row
-from lorakit.train.scoring import run_batches
+from lorakit.train.scoring import outputs
 from lorakit.train.split import Split
 from lorakit.train.task import telling
 from lorakit.train.task_data import ImageData
-from lorakit.train.tasks.headed import HeadedTask, label_result
+from lorakit.train.tasks.headed import HeadedTask, label_measures, label_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ class ImageClassification(HeadedTask):
 
     objective = IMAGE
     measures = ("valid_loss", "valid_accuracy")
-    head_kind = "image-classification"
+    model_kind = "image-classification"
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -102,9 +102,10 @@ class ImageClassification(HeadedTask):
             self._first = made.rows
         return made
 
-    def _loaded(self, resolved: ResolvedModel | str, labels: Sequence[str] | None) -> PreTrainedModel:
+    def read_model(self, resolved: ResolvedModel | str, labels: Sequence[str] | None) -> ImageClassifier:
+        """A file of weights, or a model of transformers', with its head."""
         section, settings = self.recipe.model, self.recipe.train
-        made = load_image_classifier(
+        return load_image_classifier(
             resolved,
             labels,
             dtype=section.dtype,
@@ -112,23 +113,13 @@ class ImageClassification(HeadedTask):
             revision=section.revision,
             seed=settings.seed if settings.init_seed is None else settings.init_seed,
         )
-        self.head = made.head
-        self.labels = made.labels or ()
-        return made.model
 
     def accept(self, model: Any) -> None:
         """It must have a head of the right size; transformers' models get the labels' names."""
         self.head = image_head(model, len(self.labels))
         have = own_labels(model)
-        if have is None:
-            return
-        if len(have) != len(self.labels):
-            raise ConfigError(
-                f"The model has a head for {len(have)} classes; the training data has {len(self.labels)}: "
-                f"{listing(self.labels, most=20)}."
-            )
-        for key, value in naming(self.labels).items():
-            setattr(model.config, key, value)
+        if have is not None:
+            self._name_outputs(model, have, "classes")
 
     def check_length(self, model: PreTrainedModel, rows: Sequence[Row]) -> None:
         """Images are brought to the size that the model wants."""
@@ -140,22 +131,12 @@ class ImageClassification(HeadedTask):
     def measure(self, model: PreTrainedModel, rows: Sequence[ImageRow], collator: Any) -> dict[str, float]:
         """The loss, and the share of right classes."""
         logits = self._logits(model, rows, collator)
-        gold = torch.tensor([row.labels[0] for row in rows])
-        return {
-            "valid_loss": F.cross_entropy(logits, gold).item(),
-            "valid_accuracy": (logits.argmax(dim=1) == gold).float().mean().item(),
-        }
+        return label_measures(logits, rows)
 
     def _logits(
         self, model: PreTrainedModel, rows: Sequence[ImageRow], collator: Collator, told: Any = None
     ) -> Tensor:
-        found: dict[int, Tensor] = {}
-
-        def step(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
-            found.update(zip(numbers, image_logits(model, batch).cpu(), strict=True))
-
-        run_batches(model, rows, collator, self.recipe.train, step, padded=True, told=told)
-        return torch.stack([found[i] for i in range(len(rows))])
+        return outputs(model, rows, collator, self.recipe.train, partial(image_logits, model), told)
 
     def examples(self, split: Split, limit: int | None) -> list[LabelledImage]:
         """Images with their classes."""

@@ -9,6 +9,7 @@ computed once. Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; labe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from lorakit.attach import use
 from lorakit.attach.attachments import kept_by
 from lorakit.train.collate import Collator
 from lorakit.train.cutting import Overlong, check_cut
-from lorakit.train.loss import Objective, token_losses
+from lorakit.train.loss import Objective, token_losses, without
 from lorakit.train.pairs import Preference as PreferencePair
 from lorakit.train.pairs import load_preferences
 from lorakit.train.progress import Progress
@@ -28,7 +29,7 @@ from lorakit.train.recipe import Recipe
 from lorakit.train.render import Rendered, Renderer
 from lorakit.train.results import Answer, EvalResult
 from lorakit.train.row_set import Row, RowSet
-from lorakit.train.scoring import run_batches
+from lorakit.train.scoring import outputs
 from lorakit.train.split import Split
 from lorakit.train.strands import Strand, conversation_strand
 from lorakit.train.task import check_length, telling
@@ -103,8 +104,7 @@ class PreferenceCollator:
 
 def answer_log_probabilities(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """The log-probabilities ``(pairs, 2)`` of the chosen and rejected answers of a batch, summed over their tokens."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != _REFERENCE}
-    losses, rows = token_losses(model, base, inputs)
+    losses, rows = token_losses(model, base, without(batch, _REFERENCE))
     twice = len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else batch["input_ids"].shape[0]
     return -losses.new_zeros(twice).index_add(0, rows, losses).view(2, -1).T
 
@@ -206,13 +206,10 @@ class Preference(DecoderTask):
     def _ratios(
         self, model: PreTrainedModel, rows: Sequence[PreferenceRow], collator: Collator, told: Any = None
     ) -> Tensor:
-        found = torch.zeros(len(rows), 2)
+        def ratios(batch: Mapping[str, Tensor]) -> Tensor:
+            return log_ratios(model, model, batch).float()
 
-        def step(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
-            found[numbers] = log_ratios(model, model, batch).float().cpu()
-
-        run_batches(model, rows, collator, self.recipe.train, step, padded=collator.padded, told=told)
-        return found
+        return outputs(model, rows, collator, self.recipe.train, ratios, told)
 
     def examples(self, split: Split, limit: int | None) -> list[Any]:
         """Prompts with two answers."""
@@ -265,19 +262,17 @@ def with_reference(
         collator: Makes their batches.
         settings: The recipe's ``train``, for the size of the batches.
     """
-    found: dict[int, tuple[float, float]] = {}
 
-    def step(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
-        values = answer_log_probabilities(model, model, batch).double().cpu().tolist()
-        found.update((i, (chosen, rejected)) for i, (chosen, rejected) in zip(numbers, values, strict=True))
+    def of_base(batch: Mapping[str, Tensor]) -> Tensor:
+        return answer_log_probabilities(model, model, batch).double()
 
     plain = [replace(row, reference=None) for row in rows]
-    if kept_by(model) is not None:
-        with use(model, None):
-            run_batches(model, plain, collator, settings, step, padded=collator.padded)
-    else:
-        run_batches(model, plain, collator, settings, step, padded=collator.padded)
-    return [replace(row, reference=found[i]) for i, row in enumerate(plain)]
+    with use(model, None) if kept_by(model) is not None else nullcontext():
+        found = outputs(model, plain, collator, settings, of_base).tolist()
+    return [
+        replace(row, reference=(chosen, rejected))
+        for row, (chosen, rejected) in zip(plain, found, strict=True)
+    ]
 
 
 def preference_rows(

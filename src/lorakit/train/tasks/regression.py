@@ -11,17 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.train.collate import Collator, LabelCollator
-from lorakit.train.columns import column_number, column_text
+from lorakit.train.columns import column_number
 from lorakit.train.correlation import pearson, spearman
-from lorakit.train.cutting import Overlong, cut_texts
+from lorakit.train.cutting import Overlong, PlainText, cut_texts
 from lorakit.train.data import Split
 from lorakit.train.data_sections import LabelledData
-from lorakit.train.loss import Objective, count_labels
+from lorakit.train.labelled import LabelledRow, table_texts
+from lorakit.train.loss import Objective, count_labels, without
 from lorakit.train.progress import Progress
 from lorakit.train.results import Answer, EvalResult
-from lorakit.train.row_set import RowSet, TokenRow
-from lorakit.train.sources import source_rows
-from lorakit.train.split import source_of
+from lorakit.train.row_set import RowSet
 from lorakit.train.task import telling
 from lorakit.train.tasks.classification import label_logits
 from lorakit.train.tasks.headed import HeadedTask
@@ -34,46 +33,18 @@ OUTPUT = ("value",)
 
 
 @dataclass(frozen=True)
-class MeasuredText:
+class MeasuredText(PlainText):
     """One row of a table.
 
     Attributes:
-        place: File and line.
-        text: What is measured.
-        second: The second text, where pairs are.
         value: Its number.
     """
 
-    place: str
-    text: str
-    second: str | None
     value: float
-
-    @property
-    def shown(self) -> str:
-        """What is measured, for people."""
-        return self.text if self.second is None else f"{self.text}\n{self.second}"
-
-
-@dataclass(frozen=True)
-class MeasuredRow(TokenRow):
-    """One row as the model sees it.
-
-    Attributes:
-        id: Its place.
-        ids: Token ids.
-        labels: Its number, alone.
-        types: For each token which text it belongs to, where the model wants to know.
-    """
-
-    id: str
-    ids: tuple[int, ...]
-    labels: tuple[float, ...]
-    types: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredSet(RowSet[MeasuredRow]):
+class MeasuredSet(RowSet[LabelledRow]):
     """All rows of a split."""
 
     @property
@@ -87,17 +58,11 @@ def squared_errors(
     model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The squared error of each row of a batch, and the rows' numbers, both ``(rows,)``."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    given = model(**inputs).logits.float().squeeze(1)
+    given = model(**without(batch, "labels")).logits.float().squeeze(1)
     return (given - batch["labels"]).square(), torch.arange(len(given), device=given.device)
 
 
-def summed_squared_error(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the squared errors over a batch; a scalar."""
-    return squared_errors(model, base, batch)[0].sum()
-
-
-SQUARED_ERROR = Objective(summed_squared_error, count_labels, "row", squared_errors)
+SQUARED_ERROR = Objective.from_each(squared_errors, count_labels, "row")
 
 
 class Regression(HeadedTask):
@@ -105,28 +70,21 @@ class Regression(HeadedTask):
 
     objective = SQUARED_ERROR
     measures = ("valid_loss", "valid_spearman")
-    head_kind = "sequence-classification"
+    model_kind = "sequence-classification"
     peft_task = "SEQ_CLS"
 
     def _texts(self, split: Split) -> list[MeasuredText]:
         data = self.recipe.data
         assert isinstance(data, LabelledData)
         return [
-            MeasuredText(
-                str(place),
-                column_text(row, data.text, "text", place),
-                None
-                if data.second_text is None
-                else column_text(row, data.second_text, "second_text", place),
-                column_number(row, data.label, "label", place),
-            )
-            for place, row in source_rows(source_of(data, split), data.format, data.max_rows.get(split))
+            MeasuredText(text.place, text.text, text.second, column_number(row, data.label, "label", place))
+            for text, (place, row) in table_texts(data, split)
         ]
 
     def _rows(self, texts: Sequence[MeasuredText], tokenizer: Any, overlong: Overlong) -> MeasuredSet:
         cut = cut_texts(texts, tokenizer, max_length=self.recipe.train.max_length, overlong=overlong)
         rows = tuple(
-            MeasuredRow(text.place, encoded.ids, (text.value,), encoded.types) for text, encoded in cut.kept
+            LabelledRow(text.place, encoded.ids, (text.value,), encoded.types) for text, encoded in cut.kept
         )
         return MeasuredSet(rows=rows, longest=cut.longest, truncated=cut.truncated, dropped=cut.dropped)
 
@@ -150,7 +108,7 @@ class Regression(HeadedTask):
         """Padded on the right."""
         return LabelCollator(int(tokenizer.pad_token_id)), None
 
-    def measure(self, model: PreTrainedModel, rows: Sequence[MeasuredRow], collator: Any) -> dict[str, float]:
+    def measure(self, model: PreTrainedModel, rows: Sequence[LabelledRow], collator: Any) -> dict[str, float]:
         """The mean squared error, and how well the order is found."""
         given = label_logits(model, rows, collator, self.recipe.train).squeeze(1)
         gold = torch.tensor([float(row.labels[0]) for row in rows])

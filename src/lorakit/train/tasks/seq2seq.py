@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.models import ResolvedModel, load_model
-from lorakit.train.collate import Collator, side_by_side
+from lorakit.train.collate import Collator, PaddedCollator
 from lorakit.train.cutting import Overlong, check_cut
 from lorakit.train.examples import Example
 from lorakit.train.generation import generate_from_sources
-from lorakit.train.loss import Objective, mean_of
+from lorakit.train.loss import Objective, count_labelled, mean_of
 from lorakit.train.pairs import TextPair, load_pairs
 from lorakit.train.progress import Progress
 from lorakit.train.recipe import Metric
@@ -25,7 +24,7 @@ from lorakit.train.row_set import Row, RowSet
 from lorakit.train.scores import text_scores
 from lorakit.train.split import Split
 from lorakit.train.strands import Strand
-from lorakit.train.task import Attachable, Task, check_length, telling
+from lorakit.train.task import Task, check_length, telling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,22 +70,6 @@ class Seq2SeqSet(RowSet[Seq2SeqRow]):
         return f"{self.learnt / len(self.rows):.0f} of them to write"
 
 
-@dataclass(frozen=True)
-class Seq2SeqCollator:
-    """Rows side by side, both sides padded on the right; padding is masked and never labelled."""
-
-    pad: int
-    padded: ClassVar[bool] = True
-
-    def __call__(self, rows: Sequence[Seq2SeqRow]) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` ``(rows, longest source)``, ``labels`` ``(rows, longest target)``."""
-        return {
-            "input_ids": side_by_side([row.ids for row in rows], self.pad),
-            "attention_mask": side_by_side([[1] * len(row.ids) for row in rows], 0),
-            "labels": side_by_side([row.labels for row in rows], IGNORED),
-        }
-
-
 def written_logits(
     model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,34 +102,19 @@ def summed_written_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def count_written(batch: Mapping[str, Tensor]) -> int:
-    """How many tokens of a batch are written."""
-    return int((batch["labels"] != IGNORED).sum())
-
-
 def read_both(batch: Mapping[str, Tensor]) -> int:
     """Tokens on both sides of a batch, without padding."""
-    return int(batch["attention_mask"].sum()) + count_written(batch)
+    return int(batch["attention_mask"].sum()) + count_labelled(batch)
 
 
-WRITTEN = Objective(summed_written_loss, count_written, "token", written_losses, read_both)
+WRITTEN = Objective(summed_written_loss, count_labelled, "token", written_losses, read_both)
 
 
 class Seq2Seq(Task):
     """An encoder and a decoder that learn to write the answer to a text."""
 
     objective = WRITTEN
-
-    def load(self, resolved: ResolvedModel | str) -> PreTrainedModel:
-        """A model with an encoder and a decoder."""
-        section = self.recipe.model
-        return load_model(
-            resolved,
-            task="seq2seq",
-            dtype=section.dtype,
-            device=section.device,
-            revision=section.revision,
-        )
+    model_kind = "seq2seq"
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, split: Split) -> Seq2SeqSet:
         """Texts with what is to be written."""
@@ -163,16 +131,12 @@ class Seq2Seq(Task):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Collator, str | None]:
         """Padded on the right, both sides."""
-        return Seq2SeqCollator(int(tokenizer.pad_token_id)), None
+        return PaddedCollator(int(tokenizer.pad_token_id)), None
 
     def strands(self, tokenizer: PreTrainedTokenizerBase, row: Any) -> Sequence[Strand]:
         """What is read, and what is written."""
         read = Strand(row.ids, (False,) * len(row.ids), name="source")
         return [read, Strand(row.labels, (True,) * len(row.labels), name="target")]
-
-    def adapter(self, model: PreTrainedModel) -> Attachable:
-        """As it stands in the recipe."""
-        return self.recipe.adapter.adapter(), self.recipe.adapter.targets
 
     def info(self) -> Mapping[str, Any]:
         """The task in PEFT's word for it."""
@@ -216,7 +180,7 @@ class Seq2Seq(Task):
             rows = seq2seq_rows(
                 examples, tokenizer, max_length=settings.max_length, overlong=settings.overlong
             )
-            collator = Seq2SeqCollator(int(tokenizer.pad_token_id))
+            collator = PaddedCollator(int(tokenizer.pad_token_id))
             scores["loss"] = mean_of(
                 self.objective, model, rows.rows, collator, settings, telling(progress, "loss")
             )
@@ -259,10 +223,5 @@ def seq2seq_rows(
             ids = ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
             labels = labels[:max_length]
         rows.append(Seq2SeqRow(example.id, tuple(ids), tuple(labels)))
-    check_cut(cut, len(rows), len(examples), longest, max_length, overlong)
-    return Seq2SeqSet(
-        rows=tuple(rows),
-        longest=longest,
-        truncated=len(cut) if overlong == "truncate" else 0,
-        dropped=len(cut) if overlong == "drop" else 0,
-    )
+    truncated, dropped = check_cut(cut, len(rows), len(examples), longest, max_length, overlong)
+    return Seq2SeqSet(rows=tuple(rows), longest=longest, truncated=truncated, dropped=dropped)

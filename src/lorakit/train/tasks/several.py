@@ -19,7 +19,7 @@ from lorakit.errors import ConfigError
 from lorakit.models import ResolvedModel
 from lorakit.train.collate import Collator
 from lorakit.train.data import Split
-from lorakit.train.loss import Objective
+from lorakit.train.loss import Objective, without
 from lorakit.train.progress import Progress
 from lorakit.train.recipe import Recipe
 from lorakit.train.results import EvalResult
@@ -129,13 +129,13 @@ class Several(Task):
             raise ConfigError(f"task: {recipe.task} cannot train several adapters in one pass.")
 
         def summed(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-            owners, rest = batch[_OWNERS], _without_owners(batch)
+            owners, rest = batch[_OWNERS], without(batch, _OWNERS)
             with use(base, rows=self.routes(batch)):
                 losses, rows = each(model, base, rest)
             return losses.new_zeros(len(self.names)).index_add(0, owners[rows], losses)
 
         self.objective = Objective(
-            summed, self._counts, inner.unit, read=lambda batch: inner.read(_without_owners(batch))
+            summed, self._counts, inner.unit, read=lambda batch: inner.read(without(batch, _OWNERS))
         )
         self._inner = inner
 
@@ -152,7 +152,7 @@ class Several(Task):
     def _counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         counts = torch.zeros(len(self.names), dtype=torch.long)
         owners = batch[_OWNERS].cpu()
-        rest = {name: tensor.cpu() for name, tensor in _without_owners(batch).items()}
+        rest = {name: tensor.cpu() for name, tensor in without(batch, _OWNERS).items()}
         for i, owner in enumerate(owners.tolist()):
             counts[owner] += int(self._inner.count(row_of(rest, i)))
         return counts
@@ -259,7 +259,3 @@ def row_of(batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         return {name: tensor[number : number + 1] for name, tensor in batch.items()}
     start, end = batch["cu_seq_lens_q"][number : number + 2].tolist()
     return {name: tensor[:, start:end] for name, tensor in batch.items() if not name.startswith("cu_seq")}
-
-
-def _without_owners(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in batch.items() if name != _OWNERS}

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import DataError, listing, near_matches
 from lorakit.train.classifier_scores import accuracy, label_scores, macro_f1
-from lorakit.train.collate import Collator, side_by_side
+from lorakit.train.collate import Collator, PaddedCollator
 from lorakit.train.columns import column_words
 from lorakit.train.cutting import Overlong, check_cut
 from lorakit.train.data import Split
 from lorakit.train.entities import entity_scores
-from lorakit.train.loss import Objective
+from lorakit.train.loss import Objective, count_labelled, without
 from lorakit.train.progress import Progress
 from lorakit.train.render import IGNORED
 from lorakit.train.results import Answer, EvalResult
-from lorakit.train.row_set import RowSet, TokenRow
+from lorakit.train.row_set import NamedSet, TokenRow
 from lorakit.train.scoring import run_batches
 from lorakit.train.sources import source_rows
 from lorakit.train.split import source_of
@@ -48,79 +47,32 @@ class TaggedWords:
     tags: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class TaggedRow(TokenRow):
-    """One row as the model sees it.
-
-    Attributes:
-        id: Its place.
-        ids: Token ids.
-        labels: For the first token of each word the number of its tag, else -100.
-    """
-
-    id: str
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
-class TaggedSet(RowSet[TaggedRow]):
-    """All rows of a split, and what was done about long ones.
-
-    Attributes:
-        names: The tags, in the order of the logits.
-    """
-
-    names: tuple[str, ...]
+class TaggedSet(NamedSet[TokenRow]):
+    """All rows of a split, and what was done about long ones; a word's tag is the label of its first token."""
 
     @property
     def learnt(self) -> int:
         """Words of all rows."""
-        return sum(label != IGNORED for row in self.rows for label in row.labels)
+        return len(self._tags())
+
+    def _tags(self) -> list[int]:
+        return [label for row in self.rows for label in row.labels if label != IGNORED]
 
     @property
     def taught(self) -> str:
         """The share of each tag."""
-        counts = Counter(label for row in self.rows for label in row.labels if label != IGNORED)
-        shares = [f"{name} {100 * counts[i] / self.learnt:.0f} %" for i, name in enumerate(self.names)]
-        return f"{self.learnt:,} words with {len(self.names)} tags: {listing(shares, most=12)}"
-
-
-@dataclass(frozen=True)
-class TaggedCollator:
-    """Rows of tokens side by side, padded on the right; padding is masked and never labelled."""
-
-    pad: int
-    padded: ClassVar[bool] = True
-
-    def __call__(self, rows: Sequence[TaggedRow]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, longest)``."""
-        return {
-            "input_ids": side_by_side([row.ids for row in rows], self.pad),
-            "attention_mask": side_by_side([[1] * len(row.ids) for row in rows], 0),
-            "labels": side_by_side([row.labels for row in rows], IGNORED),
-        }
+        return f"{self.learnt:,} words with {len(self.names)} tags: {self.shares(self._tags())}"
 
 
 def tag_losses(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """``-log p`` of the tag of each word of a batch, and the number of its row, both ``(words,)``."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     learnt = batch["labels"] != IGNORED
-    logits = model(**inputs).logits[learnt].float()
+    logits = model(**without(batch, "labels")).logits[learnt].float()
     return F.cross_entropy(logits, batch["labels"][learnt], reduction="none"), learnt.nonzero()[:, 0]
 
 
-def summed_tag_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The sum of ``-log p`` over the words of a batch; a scalar."""
-    return tag_losses(model, base, batch)[0].sum()
-
-
-def count_words(batch: Mapping[str, Tensor]) -> int:
-    """How many words of a batch have a tag."""
-    return int((batch["labels"] != IGNORED).sum())
-
-
-TAG = Objective(summed_tag_loss, count_words, "word", tag_losses)
+TAG = Objective.from_each(tag_losses, count_labelled, "word")
 
 
 class TokenClassification(HeadedTask):
@@ -128,7 +80,7 @@ class TokenClassification(HeadedTask):
 
     objective = TAG
     measures = ("valid_loss", "valid_accuracy")
-    head_kind = "token-classification"
+    model_kind = "token-classification"
     peft_task = "TOKEN_CLS"
 
     def _words(self, split: Split) -> list[TaggedWords]:
@@ -165,9 +117,9 @@ class TokenClassification(HeadedTask):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[Collator, str | None]:
         """Padded on the right."""
-        return TaggedCollator(int(tokenizer.pad_token_id)), None
+        return PaddedCollator(int(tokenizer.pad_token_id)), None
 
-    def measure(self, model: PreTrainedModel, rows: Sequence[TaggedRow], collator: Any) -> dict[str, float]:
+    def measure(self, model: PreTrainedModel, rows: Sequence[TokenRow], collator: Any) -> dict[str, float]:
         """The loss, and the share of right tags."""
         losses, found = self._run(model, rows, collator)
         gold = [label for row in rows for label in row.labels if label != IGNORED]
@@ -175,7 +127,7 @@ class TokenClassification(HeadedTask):
         return {"valid_loss": losses, "valid_accuracy": right / len(gold)}
 
     def _run(
-        self, model: PreTrainedModel, rows: Sequence[TaggedRow], collator: Collator, told: Any = None
+        self, model: PreTrainedModel, rows: Sequence[TokenRow], collator: Collator, told: Any = None
     ) -> tuple[float, list[list[int]]]:
         """The mean loss, and for each row the likeliest tag of each word that was read."""
         total, words = 0.0, 0
@@ -183,16 +135,15 @@ class TokenClassification(HeadedTask):
 
         def step(numbers: list[int], batch: Mapping[str, Tensor]) -> None:
             nonlocal total, words
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
             learnt = batch["labels"] != IGNORED
-            logits = model(**inputs).logits.float()
+            logits = model(**without(batch, "labels")).logits.float()
             total += F.cross_entropy(logits[learnt], batch["labels"][learnt], reduction="sum").item()
             words += int(learnt.sum())
             best = logits.argmax(dim=2)
             for i, row in enumerate(numbers):
                 found[row] = best[i][learnt[i]].tolist()
 
-        run_batches(model, rows, collator, self.recipe.train, step, padded=True, told=told)
+        run_batches(model, rows, collator, self.recipe.train, step, told)
         return total / words, [found[i] for i in range(len(rows))]
 
     def examples(self, split: Split, limit: int | None) -> list[TaggedWords]:
@@ -217,7 +168,7 @@ class TokenClassification(HeadedTask):
         rows = self._set(
             examples, tokenizer, "error" if self.recipe.train.overlong == "error" else "truncate"
         )
-        collator = TaggedCollator(int(tokenizer.pad_token_id))
+        collator = PaddedCollator(int(tokenizer.pad_token_id))
         loss, found = self._run(model, rows.rows, collator, telling(progress, "tagging"))
         number = {name: i for i, name in enumerate(self.labels)}
         # A word that was cut off has no tag: it is given one that no word has.
@@ -292,14 +243,10 @@ def tag_rows(
                 continue
             encoded = tokenizer(list(text.words), is_split_into_words=True, truncation=True, max_length=most)
         labels = [IGNORED if word is None else number[text.tags[word]] for word in _first_tokens(encoded)]
-        rows.append(TaggedRow(text.place, tuple(encoded["input_ids"]), tuple(labels)))
-    check_cut(cut, len(rows), len(texts), longest, most, overlong)
+        rows.append(TokenRow(text.place, tuple(encoded["input_ids"]), tuple(labels)))
+    truncated, dropped = check_cut(cut, len(rows), len(texts), longest, most, overlong)
     return TaggedSet(
-        rows=tuple(rows),
-        names=tuple(names),
-        longest=longest,
-        truncated=len(cut) if overlong == "truncate" else 0,
-        dropped=len(cut) if overlong == "drop" else 0,
+        rows=tuple(rows), names=tuple(names), longest=longest, truncated=truncated, dropped=dropped
     )
 
 
