@@ -12,6 +12,11 @@ from lorakit.adapters.change import ShapeTarget
 from lorakit.core import AdapterSpec, DeltaMethod, Method, Shape
 
 
+def normal(*size: int, seed: int = 0) -> Tensor:
+    """Normal numbers in float64."""
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def random_state(
     methods: Mapping[str, Method],
     shapes: Mapping[str, Shape],

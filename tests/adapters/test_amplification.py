@@ -13,11 +13,7 @@ from lorakit.adapters import amplification
 from lorakit.adapters.change import as_lora, dense_change
 from lorakit.core import AdapterSpec, Shape
 from lorakit.errors import ConfigError
-from tests.adapters.states import change, linear, random_state
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.adapters.states import change, linear, normal, random_state
 
 
 def definition(change: Tensor, W: Tensor, r: int) -> tuple[float, float]:

@@ -9,11 +9,7 @@ from torch import Tensor
 import lorakit as lk
 from lorakit.adapters import similarity, subspace_similarity
 from lorakit.errors import ConfigError
-from tests.adapters.states import linear, random_state
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.adapters.states import linear, normal, random_state
 
 
 def phi(first: Tensor, second: Tensor, i: int, j: int) -> float:

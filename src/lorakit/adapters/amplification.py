@@ -14,11 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.adapters.change import dense_change, is_low_rank
+from lorakit.adapters.change import (
+    base_weight,
+    dense_change,
+    has_factors,
+    is_low_rank,
+    low_rank_change,
+    without_magnitude,
+)
 from lorakit.adapters.subspaces import change_triplets, real_directions
-from lorakit.core import AdapterState, LowRankMethod
+from lorakit.core import AdapterState
 from lorakit.errors import ConfigError
-from lorakit.methods.decomposed import Decomposed
 from lorakit.ops import all_finite
 from lorakit.ops.truncated_svd import Triplets, leading_triplets, leading_triplets_by_projection
 
@@ -81,16 +87,11 @@ def amplification(
             it changes no weight.
     """
     shape = state.spec.shapes[path]
-    if tuple(W.shape) != (*shape.batch, shape.out, shape.in_):
-        raise ConfigError(
-            f"The base weight of {path!r} should have the size {(*shape.batch, shape.out, shape.in_)}; it has "
-            f"{tuple(W.shape)}."
-        )
+    W = base_weight(path, shape, W)
     if not all_finite(W):
         raise ConfigError(f"The base weight of {path!r} holds a NaN or an infinity.")
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
         raise ConfigError(f"The number of directions must be a whole number of at least 1; got r={r!r}.")
-    W = W.detach().double()
     (U, S, Vh), whole = _triplets(state, path, W, r)
     kept = S.shape[-1] if r is None else min(r, S.shape[-1])
     U, S, Vh = U[..., :kept], S[..., :kept], Vh[..., :kept, :]
@@ -128,11 +129,9 @@ def _triplets(state: AdapterState, path: str, W: Tensor, r: int | None) -> tuple
 
 def _rank(state: AdapterState, path: str) -> int | None:
     """The rank of a low-rank method, also inside a DoRA; None of one without."""
-    method, shape = state.spec.methods[path], state.spec.shapes[path]
-    inner = method.inner if isinstance(method, Decomposed) else method
-    if not isinstance(inner, LowRankMethod):
+    if not has_factors(state, path):
         return None
-    return inner.factors(shape, state.parameters(path)).A.shape[-2]
+    return low_rank_change(without_magnitude(state, path), path).A.shape[-2]
 
 
 def _top(W: Tensor, r: int) -> float:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lorakit.adapters.amplification import Amplification, amplification
-from lorakit.adapters.change import Base
+from lorakit.adapters.change import Base, direction_of, has_factors
+from lorakit.adapters.fit import Cut
 from lorakit.adapters.places import Place, places
 from lorakit.adapters.ranks import Ranks, choose_ranks
 from lorakit.adapters.spectrum import Spectrum, spectrum
-from lorakit.adapters.subspaces import has_factors
 from lorakit.core import AdapterState, Shape
 from lorakit.ops.threads import one_thread
 
@@ -128,8 +128,7 @@ class Analysis:
     @property
     def effective_rank(self) -> float | None:
         """The mean over the targets with a spectrum; None where there are none."""
-        ranks = [s.effective_rank for s in self.with_spectrum.values()]
-        return sum(ranks) / len(ranks) if ranks else None
+        return _mean(s.effective_rank for s in self.with_spectrum.values())
 
     @cached_property
     def ranks(self) -> Ranks | None:
@@ -188,6 +187,7 @@ def analyse(
     Raises:
         ConfigError: The share makes no sense, or a base weight does not fit.
     """
+    Cut(energy=energy)
     where = places(state.spec.methods)
     with one_thread():
         not_finite = state.non_finite()
@@ -195,9 +195,7 @@ def analyse(
         spectra = {path: spectrum(state, path, dense=dense) for path in state.spec.methods}
     known = _beside_base(state, spectra, base, energy) if base is not None else {}
     targets = {path: _target(state, path, where[path], spectra[path], known.get(path)) for path in where}
-    found = Analysis(state, targets, energy, not_finite)
-    _ = found.ranks  # a share that makes no sense is told now
-    return found
+    return Analysis(state, targets, energy, not_finite)
 
 
 def _beside_base(
@@ -216,7 +214,7 @@ def _target(
     state: AdapterState, path: str, place: Place, seen: Spectrum | None, beside_base: Amplification | None
 ) -> TargetAnalysis:
     method = state.spec.methods[path]
-    inner = getattr(method, "inner", method)
+    inner = direction_of(method)
     tensors = list(state.tensors[path].values())
     return TargetAnalysis(
         path,

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.adapters.change import is_low_rank
-from lorakit.adapters.subspaces import Similarity, change_triplets, has_factors, real_rows, similarity_of
+from lorakit.adapters.change import has_factors, is_low_rank
+from lorakit.adapters.compare import cosine
+from lorakit.adapters.subspaces import Similarity, change_triplets, real_rows, similarity_of
 from lorakit.adapters.together import Together
 from lorakit.core import AdapterSpec, AdapterState
 from lorakit.core.adapter import shared_shapes
+from lorakit.ops.low_rank_svd import low_rank_inner
 from lorakit.ops.threads import one_thread
 from lorakit.ops.truncated_svd import Triplets
 
@@ -39,11 +41,11 @@ class Beside:
     def cosine(self) -> float | None:
         """Of all the changes as one vector; None where there are none."""
         norms = [math.hypot(*(pair[side] for pair in self.norms.values()), 0.0) for side in (0, 1)]
-        return _cosine(math.fsum(self.inner.values()), math.prod(norms))
+        return cosine(math.fsum(self.inner.values()), *norms)
 
     def cosine_at(self, path: str) -> float | None:
         """That of one target; None where one of them changes nothing."""
-        return _cosine(self.inner[path], math.prod(self.norms[path]))
+        return cosine(self.inner[path], *self.norms[path])
 
 
 def beside(a: AdapterState, b: AdapterState, *, any_base: bool = False) -> Beside:
@@ -100,12 +102,8 @@ def _directions(triplets: Triplets) -> tuple[Tensor, Tensor]:
 
 def _inner(first: Triplets, second: Triplets) -> float:
     """``tr(deltaᵀ delta')`` from the small products of the singular vectors."""
-    small = (first.U.mT @ second.U) * (first.Vh @ second.Vh.mT)
-    return float((first.S.unsqueeze(-1) * small * second.S.unsqueeze(-2)).sum())
-
-
-def _cosine(inner: float, norms: float) -> float | None:
-    return max(-1.0, min(1.0, inner / norms)) if norms else None
+    B1, B2 = (one.U * one.S.unsqueeze(-2) for one in (first, second))
+    return float(low_rank_inner(first.Vh, B1, second.Vh, B2))
 
 
 def _part(state: AdapterState, paths: list[str]) -> AdapterState:

@@ -109,21 +109,40 @@ def dense_change(state: AdapterState, path: str, base: Base | None = None) -> Te
             f"What {method.name} changes at {path!r} depends on the base weight. Give it: `--base FOLDER`, or "
             f"base={{{path!r}: W}}, with W as {shape}."
         )
-    W = base[path].double()
+    W = base_weight(path, shape, base[path])
+    return method.weight(target, p, W) - W
+
+
+def base_weight(path: str, shape: Shape, W: Tensor) -> Tensor:
+    """A base weight in float64.
+
+    Args:
+        path: The target, for the message.
+        shape: Its facts.
+        W: Any floating dtype.
+
+    Raises:
+        ConfigError: It is not the stack ``(*batch, out, in)`` that the target has.
+    """
     want = (*shape.batch, shape.out, shape.in_)
     if tuple(W.shape) != want:
         raise ConfigError(
             f"The base weight of {path!r} should have the size {want}; it has {tuple(W.shape)}."
         )
-    return method.weight(target, p, W) - W
+    return W.detach().double()
+
+
+def direction_of(method: Method) -> Method:
+    """What is inside a DoRA, and changes the direction of the weight; any other method itself."""
+    return method.inner if isinstance(method, Decomposed) else method
 
 
 def without_magnitude(state: AdapterState, path: str) -> AdapterState:
     """The adapter of one target, with what is inside a DoRA in its place."""
-    method, own = state.spec.methods[path], dict(state.tensors[path])
-    if isinstance(method, Decomposed):
+    own = dict(state.tensors[path])
+    method = direction_of(state.spec.methods[path])
+    if method is not state.spec.methods[path]:
         own.pop("magnitude")
-        method = method.inner
     shared = {name: state.shared[name] for name in method.shared_shapes()}
     return AdapterState(AdapterSpec({path: method}, {path: state.spec.shapes[path]}), {path: own}, shared)
 
@@ -136,6 +155,16 @@ def bias_change(state: AdapterState, path: str) -> Tensor | None:
 def is_low_rank(state: AdapterState, path: str) -> bool:
     """Whether the change at a target has factors."""
     return isinstance(state.spec.methods[path], LowRankMethod)
+
+
+def has_factors(state: AdapterState, path: str) -> bool:
+    """Whether the change at a target is low-rank, or inside a DoRA that of the direction is."""
+    return isinstance(direction_of(state.spec.methods[path]), LowRankMethod)
+
+
+def numel_of_direction(shape: Shape) -> int:
+    """Numbers in the factors for each rank: ``out + in``, for every matrix of a stack."""
+    return shape.numel // (shape.out * shape.in_) * (shape.out + shape.in_)
 
 
 def is_copy(method: Method) -> bool:

@@ -24,8 +24,7 @@ EMBEDDINGS = (
 """Modules that are taken for embedding tables, whose weight is stored as ``(tokens, width)``."""
 CONV1D = r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)"
 """Modules of GPT-2's family that keep a linear layer's weight as ``(in, out)``."""
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-"""That family, by the ``model_type`` of the config."""
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class Extracted:
     def state(self) -> AdapterState:
         """The adapter."""
         return self.fitted.state
+
+
+def conv1d_of(*configs: Mapping[str, object]) -> str | None:
+    """`CONV1D` where a model's ``config.json`` says that it is of GPT-2's family; None elsewhere."""
+    return CONV1D if any(config.get("model_type") in _CONV1D_MODELS for config in configs) else None
 
 
 def from_checkpoints(

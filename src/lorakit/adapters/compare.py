@@ -18,6 +18,7 @@ from lorakit.adapters.change import (
     low_rank_change,
     widest_dtype,
 )
+from lorakit.adapters.subspaces import is_real
 from lorakit.adapters.together import Together
 from lorakit.core import AdapterSpec, AdapterState
 from lorakit.core.method import Method
@@ -44,8 +45,7 @@ class Likeness:
     @property
     def cosine(self) -> float | None:
         """``inner / (norm_a norm_b)``; None where one of them is zero."""
-        norms = self.norm_a * self.norm_b
-        return max(-1.0, min(1.0, self.inner / norms)) if norms else None
+        return cosine(self.inner, self.norm_a, self.norm_b)
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,12 @@ def compare(
     return Comparison(targets, *only)
 
 
+def cosine(inner: float, norm_a: float, norm_b: float) -> float | None:
+    """``inner / (norm_a norm_b)``, kept within -1 and 1 against rounding; None where one of the norms is zero."""
+    norms = norm_a * norm_b
+    return max(-1.0, min(1.0, inner / norms)) if norms else None
+
+
 def _likeness(a: Change | None, b: Change | None) -> Likeness:
     norm_a, norm_b = (0.0 if c is None else float(low_rank_norm(c.A, c.B)) for c in (a, b))
     if a is None or b is None:
@@ -169,5 +175,4 @@ def _row_space(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Orthonormal rows that span the row space of ``left right``; rows of zeros where it has fewer directions."""
     R = torch.linalg.qr(left, mode="r").R
     _, S, Vh = torch.linalg.svd(R @ right, full_matrices=False)
-    least = S[..., :1] * max(right.shape[-2:]) * torch.finfo(S.dtype).eps
-    return Vh * (least < S).unsqueeze(-1)
+    return Vh * is_real(S, max(right.shape[-2:])).unsqueeze(-1)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from lorakit.adapters.change import numel_of_direction
 from lorakit.adapters.spectrum import Spectrum, spectrum
 from lorakit.core import AdapterState
 from lorakit.core.endings import smallest_pattern
@@ -36,7 +37,7 @@ class Ranks:
     @property
     def r(self) -> int:
         """The most frequent rank: the setting ``r``."""
-        return int(self._pattern[0])
+        return self._pattern[0]
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -45,8 +46,7 @@ class Ranks:
 
     @cached_property
     def _pattern(self) -> tuple[int, dict[str, int]]:
-        r, pattern = smallest_pattern(self.targets)
-        return r, pattern
+        return smallest_pattern(self.targets)
 
 
 def choose_ranks(
@@ -79,8 +79,7 @@ def choose_ranks(
         ranks[path] = max(least, found.energy_rank(energy))
         if most is not None:
             ranks[path] = min(most, ranks[path])
-        shape = state.spec.shapes[path]
-        per_rank = shape.numel // (shape.out * shape.in_) * (shape.out + shape.in_)
+        per_rank = numel_of_direction(state.spec.shapes[path])
         before += per_rank * found.values.shape[-1]
         after += per_rank * ranks[path]
     if not ranks:

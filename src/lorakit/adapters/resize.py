@@ -13,6 +13,7 @@ from lorakit.adapters.change import (
     bias_change,
     dense_change,
     low_rank_change,
+    numel_of_direction,
     require_finite,
     widest_dtype,
     without_magnitude,
@@ -128,8 +129,7 @@ def _ranks_within(
     left = max_bytes
     for path, shape in state.spec.shapes.items():
         if path in found:
-            stack = shape.numel // (shape.out * shape.in_)
-            each[path] = stack * (shape.out + shape.in_) * dtypes[path].itemsize
+            each[path] = numel_of_direction(shape) * dtypes[path].itemsize
             left -= each[path]
             other = {"lora_bias", "magnitude"}
         else:

@@ -13,9 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorakit.adapters.change import Base, dense_change
+from lorakit.adapters.change import Base, dense_change, has_factors, low_rank_change, without_magnitude
 from lorakit.adapters.fit import Cut, energy_rank
-from lorakit.core import AdapterState, DeltaMethod, LowRankMethod, WeightMethod
+from lorakit.core import AdapterState, DeltaMethod, WeightMethod
+from lorakit.ops.low_rank_svd import low_rank_core
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,11 @@ def spectrum(
     """
     method = state.spec.methods[path]
     formed = base is not None and path in base and not isinstance(method, DeltaMethod)
-    inner = getattr(method, "inner", method)
-    if isinstance(inner, LowRankMethod) and not formed:
-        with torch.no_grad():
-            tensors = {name: tensor.double() for name, tensor in state.parameters(path).items()}
-            A, B, scale = inner.factors(state.spec.shapes[path], tensors)
-            if not A.shape[-2]:  # a target that AdaLoRA has pruned away
-                return Spectrum(A.new_zeros(*A.shape[:-2], 1))
-            small = scale * (torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT)
+    if has_factors(state, path) and not formed:
+        A, B, scale = low_rank_change(without_magnitude(state, path), path)
+        if not A.shape[-2]:  # a target that AdaLoRA has pruned away
+            return Spectrum(A.new_zeros(*A.shape[:-2], 1))
+        small = scale * low_rank_core(A, B)
     elif (dense and isinstance(method, DeltaMethod)) or (formed and isinstance(method, WeightMethod)):
         small = dense_change(state, path, base)
     else:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.change import low_rank_change, without_magnitude
-from lorakit.core import AdapterState, LowRankMethod
+from lorakit.core import AdapterState
 from lorakit.errors import ConfigError
-from lorakit.methods.decomposed import Decomposed
 from lorakit.ops.low_rank_svd import low_rank_svd
 from lorakit.ops.truncated_svd import Triplets
 
@@ -136,12 +135,6 @@ def similarity(a: AdapterState, b: AdapterState, path: str, of: Of = "A") -> Sim
     return similarity_of(*found)
 
 
-def has_factors(state: AdapterState, path: str) -> bool:
-    """Whether the change at a target is low-rank, or inside a DoRA that of the direction is."""
-    method = state.spec.methods[path]
-    return isinstance(method.inner if isinstance(method, Decomposed) else method, LowRankMethod)
-
-
 def change_triplets(state: AdapterState, path: str) -> Triplets:
     """The singular triplets of a low-rank change with its scale in them, float64; inside a DoRA, of the direction's.
 
@@ -158,7 +151,7 @@ def real_directions(S: Tensor, size: int) -> int:
         S: ``(*batch, k)``, descending.
         size: The larger size of the matrix.
     """
-    return int(_is_real(S, size).sum(-1).max()) if S.numel() else 0
+    return int(is_real(S, size).sum(-1).max()) if S.numel() else 0
 
 
 def _rows(state: AdapterState, path: str, of: Of) -> Tensor:
@@ -179,11 +172,20 @@ def _factors(state: AdapterState, path: str) -> tuple[Tensor, Tensor]:
 
 def real_rows(S: Tensor, rows: Tensor, size: int) -> Tensor:
     """Rows whose singular value is not zero but for rounding; in a stack, zeros where another has more of them."""
-    real = _is_real(S, size)
+    real = is_real(S, size)
     return (rows * real.unsqueeze(-1))[..., : real_directions(S, size), :]
 
 
-def _is_real(S: Tensor, size: int) -> Tensor:
+def is_real(S: Tensor, size: int) -> Tensor:
+    """Which singular values are more than the rounding of a matrix of that size.
+
+    Args:
+        S: ``(*batch, k)``, descending.
+        size: The larger size of the matrix.
+
+    Returns:
+        ``(*batch, k)``, bool.
+    """
     return S[..., :1] * size * torch.finfo(S.dtype).eps < S
 
 

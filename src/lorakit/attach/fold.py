@@ -133,14 +133,16 @@ def fold(stored: Tensor, changes: Sequence[Change], out: Tensor, added: Tensor |
         block.view(out).copy_(block.merged(stored, wide_dtype(stored.dtype)))
 
 
-def add_bias_delta(so_far: Tensor | None, change: Change, dtype: torch.dtype) -> Tensor | None:
+def bias_delta(changes: Sequence[Change], dtype: torch.dtype) -> Tensor | None:
     """What the bias of a layer gains by changes of its weight of some dtype: one number for each output feature."""
-    p = {name: t.to(wide_dtype(dtype)) for name, t in change.parameters.items()}
-    extra = change.method.bias_delta(change.target, p)
-    if extra is None:
-        return so_far
-    extra = change.weight * change.target.spread(extra)
-    return extra if so_far is None else so_far + extra
+    total: Tensor | None = None
+    for change in changes:
+        p = {name: t.to(wide_dtype(dtype)) for name, t in change.parameters.items()}
+        extra = change.method.bias_delta(change.target, p)
+        if extra is not None:
+            extra = change.weight * change.target.spread(extra)
+            total = extra if total is None else total + extra
+    return total
 
 
 def blocks(

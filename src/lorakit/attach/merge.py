@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.attachments import Attachments, Merged, attachments_of
-from lorakit.attach.fold import Change, add_bias_delta, fold
+from lorakit.attach.fold import Change, bias_delta, fold
 from lorakit.attach.slot import AdapterParameters, Slot
 from lorakit.core.method import WeightMethod
 from lorakit.core.route import OFF, Mix
@@ -204,7 +204,6 @@ def _fold(
     first = acting[0][0].target
     stored = first.storage.load(first.module, first.parameter)
     changes: list[Change] = []
-    bias: Tensor | None = None
     for slot, name, weight in acting:
         target, adapter = slot.target, slot.adapter(name)
         assert isinstance(adapter, AdapterParameters)
@@ -212,10 +211,9 @@ def _fold(
         assert isinstance(method, WeightMethod)
         p = {key: value.detach() for key, value in adapter._parameters.items() if value is not None}
         changes.append(Change(target, method, p, weight))
-        bias = add_bias_delta(bias, changes[-1], stored.dtype)
     new = torch.empty_like(stored)
     fold(stored, changes, new, added)
-    return _New(first, _rounded(new, stored.dtype, first.path, mix), None), bias
+    return _New(first, _rounded(new, stored.dtype, first.path, mix), None), bias_delta(changes, stored.dtype)
 
 
 def _check_weights(attachments: Attachments, mix: Mix) -> None:

@@ -15,19 +15,21 @@ from lorakit.io.publish import DISK
 from lorakit.io.safetensors_file import header
 
 INDEX = "model.safetensors.index.json"
+_ONLY = "model.safetensors"
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_checkpoint(
-    folder: Path, files: Mapping[str, Tensors], pieces: Callable[[str], Iterable[Any]], *, index: bool
+    folder: Path, files: Mapping[str, Tensors], pieces: Callable[[str], Iterable[Any]]
 ) -> int:
     """Write the files of a checkpoint into a folder, forced to disk; what a header says is known before the first byte.
+
+    Unless everything is in ``model.safetensors``, an index tells which file holds what.
 
     Args:
         folder: Where.
         files: File name to what it holds: tensor name to dtype and size.
         pieces: The bytes of a tensor, by its name; asked for once each, in the order of the file.
-        index: Whether to write the index that tells which file holds what.
 
     Returns:
         The bytes of all tensors.
@@ -40,7 +42,7 @@ def write_checkpoint(
         first, order = header(tensors, {"format": "pt"})
         _write(folder / name, _file(first, order, pieces))
         total += sum(math.prod(size) * dtype.itemsize for dtype, size in tensors.values())
-    if index:
+    if list(files) != [_ONLY]:
         held = {tensor: name for name, tensors in files.items() for tensor in tensors}
         value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(held.items()))}
         _write(folder / INDEX, [(json.dumps(value, indent=2) + "\n").encode()])
@@ -59,7 +61,7 @@ def shards(tensors: Tensors, most: int) -> dict[str, dict[str, tuple[torch.dtype
         groups[-1][name] = dtype, size
         filled += needed
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {_ONLY: groups[0]}
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": group for n, group in enumerate(groups, 1)}
 
 

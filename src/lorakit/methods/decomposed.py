@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorakit.core.method import DeltaMethod, Tensors, WeightMethod
+from lorakit.core.method import DeltaMethod, Method, Tensors, WeightMethod
 from lorakit.core.process import Site, TrainingProcess
 from lorakit.core.target import Shape, Target
 from lorakit.errors import ConfigError
@@ -46,9 +46,7 @@ class Decomposed(WeightMethod):
 
     def for_path(self, path: str) -> Decomposed:
         """The inner method's settings for one target."""
-        inner = self.inner.for_path(path)
-        assert isinstance(inner, DeltaMethod)
-        return dataclasses.replace(self, inner=inner)
+        return self._around(self.inner.for_path(path))
 
     def patterns(self) -> tuple[str, ...]:
         """Those of the inner method."""
@@ -56,9 +54,7 @@ class Decomposed(WeightMethod):
 
     def for_targets(self, shapes: Mapping[str, Shape]) -> Decomposed:
         """The inner method's settings for all targets."""
-        inner = self.inner.for_targets(shapes)
-        assert isinstance(inner, DeltaMethod)
-        return dataclasses.replace(self, inner=inner)
+        return self._around(self.inner.for_targets(shapes))
 
     def process(self, sites: Sequence[Site], total_steps: int) -> TrainingProcess | None:
         """That of the inner method."""
@@ -70,15 +66,13 @@ class Decomposed(WeightMethod):
 
     def compact(self, shape: Shape, tensors: Tensors) -> tuple[Decomposed, Tensors]:
         """That of the inner method, beside the magnitude."""
-        inner, kept = self.inner.compact(shape, {k: t for k, t in tensors.items() if k != "magnitude"})
-        assert isinstance(inner, DeltaMethod)
-        return dataclasses.replace(self, inner=inner), {**kept, "magnitude": tensors["magnitude"]}
+        inner, kept = self.inner.compact(shape, _without_magnitude(tensors))
+        return self._around(inner), {**kept, "magnitude": tensors["magnitude"]}
 
     def plain(self, shape: Shape, tensors: Tensors) -> tuple[Decomposed, Tensors]:
         """That of the inner method, beside the magnitude."""
-        inner, kept = self.inner.plain(shape, {k: t for k, t in tensors.items() if k != "magnitude"})
-        assert isinstance(inner, DeltaMethod)
-        return dataclasses.replace(self, inner=inner), {**kept, "magnitude": tensors["magnitude"]}
+        inner, kept = self.inner.plain(shape, _without_magnitude(tensors))
+        return self._around(inner), {**kept, "magnitude": tensors["magnitude"]}
 
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
         """Those of the inner method."""
@@ -107,3 +101,12 @@ class Decomposed(WeightMethod):
         if isinstance(self.inner, LoRA) and self.inner.bias:
             return "DoRA scales the weight and not the bias: use LoRA(bias=False) inside it"
         return self.inner.supports(target)
+
+    def _around(self, inner: Method) -> Decomposed:
+        """These settings around another inner method."""
+        assert isinstance(inner, DeltaMethod)
+        return dataclasses.replace(self, inner=inner)
+
+
+def _without_magnitude(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "magnitude"}

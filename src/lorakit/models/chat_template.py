@@ -49,7 +49,7 @@ def rendering_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "format": 1,
         "template_sha256": None if text is None else _sha256(text),
-        "tokens_sha256": _sha256(json.dumps(tokenizer(_PROBE, add_special_tokens=True)["input_ids"])),
+        "tokens_sha256": _tokens_sha256(tokenizer),
         "stop_id": stop,
         "stop_token": tokenizer.convert_ids_to_tokens(stop),
     }
@@ -86,8 +86,7 @@ def adapter_template(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
     if record is None:
         return template_text(tokenizer)
     text = _checked_template(folder, record)
-    tokens = _sha256(json.dumps(tokenizer(_PROBE, add_special_tokens=True)["input_ids"]))
-    if tokens != record.get("tokens_sha256"):
+    if _tokens_sha256(tokenizer) != record.get("tokens_sha256"):
         raise AdapterMismatchError(
             f"The adapter {folder} was trained with another tokenizer: this one makes other tokens of the same text. "
             f"Load it on the base model that its adapter_config.json names; or, if you know that it fits, remove "
@@ -217,6 +216,11 @@ def _replace(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_bytes(text.encode("utf-8"))
     part.replace(path)
+
+
+def _tokens_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What identifies how a tokenizer cuts text."""
+    return _sha256(json.dumps(tokenizer(_PROBE, add_special_tokens=True)["input_ids"]))
 
 
 def _sha256(text: str) -> str:

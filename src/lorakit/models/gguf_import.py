@@ -16,11 +16,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lorakit.errors import ModelError
+from lorakit.io.safetensors_file import pieces_of
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -57,7 +59,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
-class GgufModel(Mapping[str, "torch.Tensor"]):
+class GgufModel(Mapping[str, torch.Tensor]):
     """The weights of a GGUF file under transformers' names, float32, dequantised when they are asked for.
 
     Attributes:
@@ -90,7 +92,6 @@ class GgufModel(Mapping[str, "torch.Tensor"]):
         self._tokenizer_files = _tokenizer_files(fields, path.name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        import torch
         from gguf.quants import dequantize
 
         entry = self._entries[name]
@@ -116,6 +117,17 @@ class GgufModel(Mapping[str, "torch.Tensor"]):
     def shape(self, name: str) -> tuple[int, ...]:
         """The size of a tensor, without dequantising it."""
         return tuple(int(size) for size in reversed(self._entries[name].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Float32, which every tensor is dequantised to."""
+        return torch.float32
+
+    def file(self, name: str) -> None:
+        """None: the tensor is in no safetensors file."""
+
+    def pieces(self, name: str) -> Iterator[Any]:
+        """The bytes of a tensor, dequantised."""
+        return pieces_of(self[name])
 
     def write_settings(self, folder: Path) -> None:
         """Write config, generation config and tokenizer into a folder, as transformers reads them."""

@@ -34,7 +34,7 @@ _AUTO_CLASS: dict[str, str] = {
     "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(
@@ -219,12 +219,12 @@ def compute_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype == "fastest":
         return fastest_dtype(device)
-    if dtype not in _DTYPES:
-        known = ["auto", "fastest", *_DTYPES]
+    if dtype not in DTYPES:
+        known = ["auto", "fastest", *DTYPES]
         raise ConfigError(
             f"There is no dtype {dtype!r}.{near_matches(dtype, known)} Known: {listing(known)}."
         )
-    return _DTYPES[dtype]
+    return DTYPES[dtype]
 
 
 def _tasks() -> str:

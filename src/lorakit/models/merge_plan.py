@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.attach import attach
-from lorakit.attach.fold import Change, add_bias_delta, same_changes
+from lorakit.attach.fold import Change, bias_delta, same_changes
 from lorakit.attach.planning import companions_of, plan_state
 from lorakit.core.adapter import AdapterState
 from lorakit.core.method import WeightMethod
@@ -62,7 +62,6 @@ class MergePlan:
                     self._paths[id(module), name] = join(path, name)
                     self._uses.setdefault(id(parameter), []).append((id(module), name))
         self._changes: dict[_Place, list[Change]] = {}
-        self._modules: dict[int, nn.Module] = {}
         self._count = 0
 
     def add(self, who: str, state: AdapterState, weight: float) -> None:
@@ -91,7 +90,6 @@ class MergePlan:
                     "cannot be merged."
                 )
             place = id(target.module), target.parameter
-            self._modules[id(target.module)] = target.module
             self._changes.setdefault(place, []).append(Change(target, method, state.parameters(path), weight))
         self._count += 1
         attach(self.model, state.to(device="meta"), name=f"adapter{self._count}", freeze=False)
@@ -160,15 +158,13 @@ class MergePlan:
         for (module_id, parameter), changes in self._changes.items():
             if parameter == "bias":
                 continue
-            module, place = self._modules[module_id], (module_id, "bias")
+            module, place = changes[0].target.module, (module_id, "bias")
             stored = self._stored(self._paths[place]) if place in self._paths else None
             if stored is not None:  # a change may be a multiple of it, so it has to be more than a size
                 module._parameters["bias"] = nn.Parameter(stored, requires_grad=False)
             name = self._names.find(self._paths[module_id, parameter])
             dtype = torch.float32 if name is None else self._source.dtype(name)
-            extra = None
-            for change in changes:
-                extra = add_bias_delta(extra, change, dtype)
+            extra = bias_delta(changes, dtype)
             if extra is None:
                 continue
             if stored is None:

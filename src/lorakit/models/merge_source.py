@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lorakit.errors import MergeError, ModelError
 from lorakit.io.checkpoint import Checkpoint
-from lorakit.io.safetensors_file import pieces_of
 from lorakit.models.gguf_import import GgufModel
 from lorakit.models.resolve import resolve
 
@@ -49,15 +48,15 @@ class MergeSource(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor, without reading it."""
-        return self._tensors.dtype(name) if isinstance(self._tensors, Checkpoint) else torch.float32
+        return self._tensors.dtype(name)
 
     def file(self, name: str) -> str | None:
         """The name of the safetensors file that a tensor is in; None where there is none."""
-        return self._tensors.file(name) if isinstance(self._tensors, Checkpoint) else None
+        return self._tensors.file(name)
 
     def pieces(self, name: str) -> Iterable[Any]:
         """The bytes of a tensor."""
-        return self._tensors.pieces(name) if isinstance(self._tensors, Checkpoint) else pieces_of(self[name])
+        return self._tensors.pieces(name)
 
     def write_settings(self, folder: Path) -> None:
         """Write config, tokenizer and licence into a folder."""

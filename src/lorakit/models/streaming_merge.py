@@ -25,13 +25,13 @@ from lorakit.io.model_outline import outline_of
 from lorakit.io.publish import DISK
 from lorakit.io.safetensors_file import pieces_of
 from lorakit.models.chat_template import carry_template
+from lorakit.models.load import DTYPES
 from lorakit.models.merge_plan import Job, MergePlan
 from lorakit.models.merge_source import MergeSource, merge_source
 from lorakit.models.new_folder import new_folder
 from lorakit.ops import all_finite
 from lorakit.plan.architectures import PlanTask, architecture
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_BYTES = 5_000_000_000
 
 
@@ -118,13 +118,9 @@ def merge_checkpoint(
             model; the message says what.
     """
     out, paths = Path(out), [Path(adapter) for adapter in adapters]
-    weights = [1.0] * len(paths) if weights is None else list(weights)
-    if not paths:
-        raise ConfigError("Name at least one adapter to merge.")
-    if len(weights) != len(paths):
-        raise ConfigError(f"{len(weights)} weights for {len(paths)} adapters: give one for each.")
-    if dtype != "auto" and dtype not in _DTYPES:
-        known = ["auto", *_DTYPES]
+    weights = weights_for(paths, weights)
+    if dtype != "auto" and dtype not in DTYPES:
+        known = ["auto", *DTYPES]
         raise ConfigError(
             f"No dtype is called {dtype!r}.{near_matches(dtype, known)} Known: {', '.join(known)}."
         )
@@ -136,13 +132,28 @@ def merge_checkpoint(
         for path, weight in zip(paths, weights, strict=True):
             plan.add(str(path), _read(path, plan), weight)
         jobs, untied = plan.jobs()
-        merging = _Merging(source, jobs, _DTYPES.get(dtype), measure)
-        size = write_checkpoint(part, merging.files(), merging.pieces, index=merging.several)
+        merging = _Merging(source, jobs, DTYPES.get(dtype), measure)
+        size = write_checkpoint(part, merging.files(), merging.pieces)
         source.write_config(part, dtype=None if dtype == "auto" else dtype, untied=untied)
         DISK.sync(part)
     DISK.sync(out.parent)
     changed = merging.roundings
     return MergedCheckpoint(out, size, changed, len(merging.sizes) - len(changed), untied)
+
+
+def weights_for(adapters: Sequence[str | Path], weights: Sequence[float] | None) -> list[float]:
+    """One weight for each adapter, 1 by default.
+
+    Raises:
+        ConfigError: There are no adapters, or another number of weights.
+    """
+    if not adapters:
+        raise ConfigError("Name at least one adapter to merge.")
+    if weights is None:
+        return [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise ConfigError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each.")
+    return list(weights)
 
 
 def check_mergeable(path: str, state: AdapterState) -> None:
@@ -177,7 +188,6 @@ class _Merging:
         origin = {**{name: name for name in source}, **{name: job.origin for name, job in jobs.items()}}
         self._origin = origin
         self.sizes = {name: (self._dtype(old), source.shape(old)) for name, old in origin.items()}
-        self.several = False
 
     def files(self) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
         """File to what it holds: as in the base; of a base that is one file of another kind, in shards."""
@@ -188,7 +198,6 @@ class _Merging:
                 found = shards(self.sizes, _SHARD_BYTES)
                 break
             found.setdefault(file, {})[name] = size
-        self.several = list(found) != ["model.safetensors"]
         return found
 
     def pieces(self, name: str) -> Iterable[Any]:

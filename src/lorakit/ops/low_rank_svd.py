@@ -28,6 +28,17 @@ def low_rank_svd(A: Tensor, B: Tensor) -> Triplets:
         return Triplets(Q_B @ U, S, Vh @ Q_A.mT)
 
 
+def low_rank_core(A: Tensor, B: Tensor) -> Tensor:
+    """``R_B R_Aᵀ``, ``(*batch, min(out, r), min(in, r))``: a small matrix with the singular values of ``B A``.
+
+    Args:
+        A: ``(*batch, r, in)``.
+        B: ``(*batch, out, r)``, of the same dtype.
+    """
+    with own_precision(A):
+        return torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT
+
+
 def low_rank_norm(A: Tensor, B: Tensor) -> Tensor:
     """The Frobenius norm of ``B A``, of a whole stack; a small difference of large changes keeps its digits.
 
@@ -35,8 +46,7 @@ def low_rank_norm(A: Tensor, B: Tensor) -> Tensor:
         A: ``(*batch, r, in)``.
         B: ``(*batch, out, r)``.
     """
-    with own_precision(A):
-        return (torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT).norm()
+    return low_rank_core(A, B).norm()
 
 
 def low_rank_inner(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def _tiles(found: Analysis) -> str:
         ("size", f"{state.nbytes / 1e6:,.1f}", "MB"),
     ]
     if (ranks := found.ranks) is not None:
-        used = sorted({len(_row(s.values)) for s in found.with_spectrum.values()})
+        used = sorted({s.values.shape[-1] for s in found.with_spectrum.values()})
         of = f"of {used[0]}" if len(used) == 1 else f"of {used[0]} to {used[-1]}"
         tiles += [
             ("norm of the change", number(found.norm), ""),
@@ -316,10 +316,6 @@ def _labels(layers: Sequence[str]) -> list[str]:
     if len(containers) == 1:
         return [layer.rpartition(".")[2] for layer in layers]
     return [".".join(layer.split(".")[-2:]) for layer in layers]
-
-
-def _row(values: Tensor) -> Sequence[float]:
-    return values.reshape(-1, values.shape[-1])[0].tolist()
 
 
 def _beside_base(found: Analysis) -> list[Amplification]:
