@@ -7,7 +7,8 @@ import torch
 
 import lorakit as lk
 from lorakit.train.collate import PackedCollator, PaddedCollator
-from lorakit.train.loss import count_learnt, next_token_labels, summed_loss
+from lorakit.train.head_loss import separable_head
+from lorakit.train.loss import count_learnt, next_token_labels, summed_loss, token_losses
 from lorakit.train.render import IGNORED, Rendered
 from tests.tiny_chat import tiny_model
 
@@ -45,10 +46,12 @@ def test_sum_and_gradient(collator: PackedCollator | PaddedCollator) -> None:
 
 def test_logits_are_made_at_needed_positions_only() -> None:
     model = tiny_model()
+    assert separable_head(model) is model.lm_head
     sizes = []
-    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:-1].numel()))
     summed_loss(model, model, PackedCollator()(ROWS))
-    assert sizes == [6]
+    token_losses(model, model, PackedCollator()(ROWS))
+    assert sizes == [6, 6]
 
 
 def test_a_model_that_cannot_choose_positions_gives_the_same() -> None:

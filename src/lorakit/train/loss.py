@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.train.collate import Collator
+from lorakit.train.head_loss import head_aside, head_loss, separable_head
 from lorakit.train.packing import packed
 from lorakit.train.recipe import TrainSection
 from lorakit.train.render import IGNORED, Rendered
@@ -89,8 +90,13 @@ def summed_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Ten
         base: The model itself.
         batch: What a collator made. A packed batch has ``cu_seq_lens_q``.
     """
-    logits, targets, _ = learnt_logits(model, base, batch)
-    return F.cross_entropy(logits, targets, reduction="sum")
+    head = separable_head(base) if model is base else None
+    if head is None:
+        logits, targets, _ = learnt_logits(model, base, batch)
+        return F.cross_entropy(logits, targets, reduction="sum")
+    with head_aside(base, head):
+        hidden, targets, _ = _at_learnt(model, base, batch)
+    return head_loss(hidden, head, targets)
 
 
 def token_losses(
@@ -105,6 +111,14 @@ def learnt_logits(
     model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits ``(n, vocabulary)`` of each learnt token in float32; the tokens and their rows' numbers, both ``(n,)``."""
+    logits, targets, rows = _at_learnt(model, base, batch)
+    return logits.float(), targets, rows
+
+
+def _at_learnt(
+    model: nn.Module, base: PreTrainedModel, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model gives for each learnt token ``(n, width)``; the tokens and their rows' numbers, both ``(n,)``."""
     inputs = without(batch, "labels")
     targets = next_token_labels(batch["labels"])
     learnt = targets != IGNORED
@@ -118,7 +132,7 @@ def learnt_logits(
         targets, learnt, rows = targets[:, needed], learnt[:, needed], rows[:, needed]
     if not bool(learnt.all()):
         logits, targets, rows = logits[learnt], targets[learnt], rows[learnt]
-    return logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), rows.reshape(-1)
+    return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), rows.reshape(-1)
 
 
 def _row_numbers(batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Build the compiled products: five compiler runs, a link, a check in a process of its own, a place in the cache.
+"""Build the compiled products: six compiler runs, a link, a check in a process of its own, a place in the cache.
 
 The library shares torch's threads. It is compiled for OpenMP but not linked with it, so that it finds the OpenMP that
 torch has loaded and never brings a second one into the process.
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from lorakit.errors import KernelError
+from lorakit.folders import put_in_place
 from lorakit.ops.native.load import LIBRARY, RECORD, forget, kernel_folder, read_library
 
 _SOURCE = Path(__file__).parent
@@ -70,10 +71,8 @@ def build(*, force: bool = False) -> Path:
         }
         (new / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _check(new)
-        if folder.exists():
-            folder.rename(work / "old")
         try:
-            new.rename(folder)
+            put_in_place(new, folder)
         except OSError:
             read_library(folder)  # another process was quicker; is its library sound?
     finally:
@@ -125,6 +124,7 @@ def _compile(compiler: list[str], work: Path, library: Path) -> None:
             ("nf4.cpp", [*torch_flags, *of_processor]),
             ("products.cpp", loop_flags),
             ("decoder.cpp", [*loop_flags, "-fopenmp"]),
+            ("training.cpp", [*loop_flags, "-fopenmp"]),
         )
     ]
     link = [*compiler, "-shared", *(command[-1] for command in compiles), "-o", str(library), f"-L{lib}"]

@@ -6,13 +6,15 @@ The build runs this in a process of its own, which may die of a library that is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lorakit.ops.native.load import Decode, Lookup, Product, read_library
+from lorakit.ops.native.load import LIBRARY, Decode, Lookup, Product, read_library
+from lorakit.ops.native.training import Kernels
 from lorakit.ops.nf4 import quantize_nf4
 
 # tokens, width in, width out, rank: less than a vector, parts of tiles, work for several threads.
@@ -79,8 +81,54 @@ def check_nf4(decode: Decode) -> None:
             assert torch.equal(got, packed.values().to(dtype)), "NF4 has other values"
 
 
+def check_training(kernels: Kernels) -> None:
+    """Compare what a training step does between its products with the formulas in float64, derivatives too.
+
+    Raises:
+        AssertionError: They differ.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x, up, dy = (torch.randn(70, 130, generator=draw) for _ in range(3))
+    weight = 0.5 + torch.rand(130, generator=draw)
+
+    def beside(
+        formula: Callable[..., Tensor], inputs: Sequence[Tensor], found: Sequence[Tensor], d: Tensor
+    ) -> None:
+        exact_inputs = [t.double().requires_grad_() for t in inputs]
+        exact = formula(*exact_inputs)
+        _assert_near(found, (exact, *torch.autograd.grad(exact, exact_inputs, d.double())))
+
+    y, factors = kernels.rms_norm(x, weight, 1e-6)
+    dx = kernels.rms_norm_back(dy, y, weight, factors)
+    beside(
+        lambda x: weight.double() * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt(), (x,), (y, dx), dy
+    )
+    gates = kernels.swiglu(x, up), *kernels.swiglu_back(dy, x, up)
+    beside(lambda gate, up: functional.silu(gate) * up, (x, up), gates, dy)
+    targets, gradient = torch.arange(70), torch.empty_like(x)
+    losses = kernels.cross_entropy(x, targets, gradient)
+    beside(
+        lambda x: functional.cross_entropy(x, targets, reduction="none"), (x,), (losses, gradient), torch.ones(70)
+    )  # fmt: skip
+    tokens, n = 19, 64
+    q, k, v, dy = (torch.randn(tokens, h * n, generator=draw) for h in (4, 2, 2, 4))
+    cos, sin = torch.ones(tokens, n), torch.zeros(tokens, n)  # nothing turns
+    borders = torch.tensor([0, tokens])
+    y, logs = kernels.attention(q, k, v, cos, sin, borders, 0.1)
+    back = kernels.attention_back(dy, q, k, v, cos, sin, borders, 0.1, y, logs)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.view(tokens, -1, n).transpose(0, 1) for t in (q, k, v))
+        k, v = (t.repeat_interleave(2, 0) for t in (k, v))
+        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.1)
+        return seen.transpose(0, 1).reshape(tokens, -1)
+
+    beside(attention, (q, k, v), (y, *back), dy)
+
+
 if __name__ == "__main__":
     library = read_library(Path(sys.argv[1]))
     check(library.product)
     check_lookup(library.lookup)
     check_nf4(library.decode_nf4)
+    check_training(Kernels(str(Path(sys.argv[1]) / LIBRARY)))

@@ -5,13 +5,13 @@
 
 #include <vector>
 
+#include "attention.h"
 #include "products.h"
 #include "tiles.h"
 
 namespace lorakit {
 namespace {
 
-constexpr int64_t TILE_COLUMNS = TILE_BLOCKS * WIDTH;
 // Rows whose short rows are made at a time.
 constexpr int64_t SHORT_ROWS = 12;
 
@@ -28,8 +28,6 @@ int64_t tile_height(int64_t rows) {
   const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   return (rows + tiles - 1) / tiles;
 }
-
-int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ---- products ----------------------------------------------------------------------------------------------------
 int64_t short_jobs(const Segments& segments, const Segment& segment) {
@@ -53,7 +51,7 @@ void shorten(const float* x, int64_t in, const Segments& segments, float* short_
     const Segment& segment = segments.list[s];
     const Patch* patch = segments.patch(segment);
     const int64_t begin = segment.start + left * SHORT_ROWS, end = std::min(begin + SHORT_ROWS, segment.end);
-    project(x + begin * in, patch->A, end - begin, in, patch->rank, 1.f,
+    project(x + begin * in, patch->A, end - begin, in, patch->rank, 0, patch->rank, 1.f,
             short_rows + segment.start * step + (begin - segment.start) * patch->rank);
   }
 }
@@ -201,27 +199,6 @@ struct Gate {
 };
 
 // ---- the rest of a layer -----------------------------------------------------------------------------------------
-void normalize(const float* x, const float* weight, int64_t n, double epsilon, float* y) {
-  float squares = 0;
-  int64_t k = 0;
-  Vector sums{};
-  for (; k + WIDTH <= n; k += WIDTH) sums += load(x + k) * load(x + k);
-  for (int j = 0; j < WIDTH; ++j) squares += sums[j];
-  for (; k < n; ++k) squares += x[k] * x[k];
-  const float factor = static_cast<float>(1 / std::sqrt(squares / static_cast<double>(n) + epsilon));
-  for (k = 0; k < n; ++k) y[k] = x[k] * factor * weight[k];
-}
-
-// Turn the two halves of a head against each other, as Llama does.
-void rotate(float* head, const float* cos, const float* sin, int64_t n, float scale) {
-  const int64_t half = n / 2;
-  for (int64_t k = 0; k < half; ++k) {
-    const float a = head[k], b = head[k + half];
-    head[k] = scale * (a * cos[k] - b * sin[k]);
-    head[k + half] = scale * (b * cos[k + half] + a * sin[k + half]);
-  }
-}
-
 struct Caches {
   float *keys, *values;  // of one layer: (kv_heads, capacity, head_dim)
 };
@@ -240,58 +217,8 @@ void keep_row(const Decoder& d, const Layer& layer, const Caches& caches, float*
     const float* v = qkv + (d.heads + d.kv_heads + h) * n;
     if (layer.k_norm != nullptr) normalize(k, layer.k_norm, n, d.epsilon, k);
     rotate(k, cos, sin, n, 1.f);
-    float* key_block = caches.keys + (h * d.capacity + slot / WIDTH * WIDTH) * n + slot % WIDTH;
-    for (int64_t j = 0; j < n; ++j) key_block[j * WIDTH] = k[j];
+    put_in_block(k, n, slot, caches.keys + h * d.capacity * n);
     std::copy_n(v, n, caches.values + (h * d.capacity + slot) * n);
-  }
-}
-
-// weights = e^(scores - the largest), and zero from `count` to `all`; returns one over their sum.
-float soften(float* scores, int64_t count, int64_t all) {
-  float most = scores[0];
-  for (int64_t k = 1; k < count; ++k) most = std::max(most, scores[k]);
-  std::fill(scores + count, scores + all, most);
-  Vector sums{};
-  const int64_t padded_count = padded(count, WIDTH);
-  for (int64_t k = 0; k < padded_count; k += WIDTH) {
-    const Vector e = exponential(load(scores + k) - most);
-    store(scores + k, e);
-    sums += e;
-  }
-  float total = 0;
-  for (int j = 0; j < WIDTH; ++j) total += sums[j];
-  total -= static_cast<float>(padded_count - count);  // e^0 each
-  std::fill(scores + count, scores + all, 0.f);
-  return 1 / total;
-}
-
-// Attention of `rows` rows of queries (the heads that share keys are rows of their own): row i sees `seen[i]` tokens.
-template <int ROWS>
-void attend_tile(const float* queries, const int64_t* seen, int64_t most, const float* keys, const float* values,
-                 int64_t n, float* scores, float* const* to) {
-  const int64_t blocks = padded(most, TILE_COLUMNS) / WIDTH, step = blocks * WIDTH;
-  const int64_t real = padded(most, WIDTH) / WIDTH;
-  std::fill_n(scores, ROWS * step, 0.f);
-  for (int64_t b = 0; b < real; b += 2) {
-    const float* two[2] = {keys + b * WIDTH * n, keys + (b + 1) * WIDTH * n};
-    if (b + 1 < real)
-      accumulate<ROWS, 2>(queries, n, two, WIDTH, n, scores + b * WIDTH, step);
-    else
-      accumulate<ROWS, 1>(queries, n, two, WIDTH, n, scores + b * WIDTH, step);
-  }
-  float per_sum[ROWS];
-  for (int i = 0; i < ROWS; ++i) per_sum[i] = soften(scores + i * step, seen[i], step);
-  alignas(64) float sums[ROWS * TILE_COLUMNS];
-  for (int64_t c = 0; c < n; c += TILE_COLUMNS) {
-    const int64_t width = std::min<int64_t>(TILE_COLUMNS, n - c);
-    const float* two[2] = {values + c, values + c + WIDTH};
-    std::fill_n(sums, ROWS * TILE_COLUMNS, 0.f);
-    if (width == TILE_COLUMNS)
-      accumulate<ROWS, 2>(scores, step, two, n, most, sums, TILE_COLUMNS);
-    else
-      accumulate<ROWS, 1>(scores, step, two, n, most, sums, TILE_COLUMNS);
-    for (int i = 0; i < ROWS; ++i)
-      for (int64_t k = 0; k < width; ++k) to[i][c + k] = sums[i * TILE_COLUMNS + k] * per_sum[i];
   }
 }
 
@@ -316,7 +243,7 @@ void attend(const Decoder& d, const Step& s, const Caches& caches, const float* 
     const int64_t* piece = s.pieces + 4 * p;
     const int64_t head = left / tiles, first = left % tiles * TILE_ROWS, all = (piece[1] - piece[0]) * group;
     const int64_t rows = std::min<int64_t>(TILE_ROWS, all - first);
-    float queries[TILE_ROWS * 512];
+    float queries[TILE_ROWS * MOST_HEAD];
     int64_t seen[TILE_ROWS], most = 0;
     float* to[TILE_ROWS];
     for (int64_t i = 0; i < rows; ++i) {
@@ -329,8 +256,8 @@ void attend(const Decoder& d, const Step& s, const Caches& caches, const float* 
     scratch.resize(static_cast<size_t>(rows * padded(most, TILE_COLUMNS)));
     const int64_t at = (head * d.capacity + piece[3]) * n;
     with_constant<TILE_ROWS>(rows, [&](auto count) {
-      attend_tile<decltype(count)::value>(queries, seen, most, caches.keys + at, caches.values + at, n, scratch.data(),
-                                          to);
+      attend_tile<decltype(count)::value>(queries, seen, most, caches.keys + at, {caches.values + at, n}, n,
+                                          scratch.data(), to, nullptr);
     });
   }
 }

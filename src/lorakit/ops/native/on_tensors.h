@@ -24,6 +24,11 @@ constexpr int64_t TOKENS_AT_ONCE = 48;
 // Entries of a factor, half a megabyte, from which torch's matrix products are as good or better for more tokens than
 // that: they move such a factor through the caches more cleverly.
 constexpr int64_t LARGE_FACTOR = 1 << 17;
+// For so few tokens it is not the work but the reading of the factors that takes the time, and from so many entries of
+// them it is worth a thread. Rows of a factor that one thread takes at least: they are read side by side.
+constexpr int64_t FEW_TOKENS = 8;
+constexpr int64_t FACTORS_WORTH_A_THREAD = 1 << 14;
+constexpr int64_t ROWS_AT_LEAST = 4;
 // Columns of a derivative that one thread takes at a time.
 constexpr int64_t COLUMNS_AT_ONCE = 64;
 
@@ -86,6 +91,17 @@ void share(int64_t count, int64_t work_each, const Body& body) {
     at::parallel_for(0, count, grain, body);
 }
 
+// Call `body(begin, end)` for parts of 0 to `count`, one for each of torch's threads, each a multiple of `least`.
+template <class Body>
+void in_parts(int64_t count, int64_t least, const Body& body) {
+  const int64_t units = (count + least - 1) / least;
+  const auto part = [&](int64_t begin, int64_t end) { body(begin * least, std::min(count, end * least)); };
+  if (units < 2)
+    part(0, units);
+  else
+    at::parallel_for(0, units, 1, part);
+}
+
 // How far apart the rows of y lie in memory, where that is the same everywhere: a whole tensor, or some of the last
 // dimension of one. Else 0.
 inline int64_t row_step(const Tensor& y) {
@@ -101,16 +117,28 @@ inline int64_t row_step(const Tensor& y) {
 
 // The short rows h = scale * x fromᵀ, (tokens, r), and y (+)= h onto, if `onto` is given.
 inline void pass_through(const Tensor& x, const Rows& from, float scale, float* h, const Rows* onto, const Tensor& y,
-                  bool add) {
-  const int64_t r = from.r, n = from.n, out = onto ? onto->n : 0, step = onto ? row_step(y) : 0;
-  share(x.numel() / n, r * (n + out), [&](int64_t begin, int64_t end) {
+                         bool add) {
+  const int64_t r = from.r, n = from.n, out = onto ? onto->n : 0, step = onto ? row_step(y) : 0, tokens = x.numel() / n;
+  const auto shorten = [&](int64_t token, int64_t some, int64_t begin, int64_t end) {
+    with_data(x, [&](const auto* p) { project(p + token * n, from.first, some, n, r, begin, end, scale, h + token * r); });
+  };
+  const auto widen = [&](int64_t token, int64_t some, int64_t begin, int64_t end) {
+    with_data(y, [&](auto* p) {
+      expand(h + token * r, onto->first, some, out, r, begin, end, add, p + token * step, step);
+    });
+  };
+  if (tokens <= FEW_TOKENS && r * (n + out) >= FACTORS_WORTH_A_THREAD) {
+    // What takes the time is to read the factors: each thread reads some of their rows, then some of their columns.
+    in_parts(r, ROWS_AT_LEAST, [&](int64_t begin, int64_t end) { shorten(0, tokens, begin, end); });
+    if (onto)
+      in_parts(out, COLUMNS_AT_ONCE, [&](int64_t begin, int64_t end) { widen(0, tokens, begin, end); });
+    return;
+  }
+  share(tokens, r * (n + out), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t += TOKENS_AT_ONCE) {
       const int64_t some = std::min(TOKENS_AT_ONCE, end - t);
-      with_data(x, [&](const auto* p) { project(p + t * n, from.first, some, n, r, scale, h + t * r); });
-      if (onto)
-        with_data(y, [&](auto* p) {
-          expand(h + t * r, onto->first, some, out, r, add, p + t * step, step);
-        });
+      shorten(t, some, 0, r);
+      if (onto) widen(t, some, 0, out);
     }
   });
 }

@@ -107,7 +107,8 @@ inline void sum_rows(const float* l, int64_t l_row, int64_t l_column, const M* m
 
 // ---- the three products ------------------------------------------------------------------------------------------
 template <class X>
-void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, float scale, float* h) {
+void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float scale,
+             float* h) {
   alignas(64) float copy[DOT_ROWS * PIECE];
   for (int64_t k = 0; k < n; k += PIECE) {
     const int64_t piece = std::min(PIECE, n - k);
@@ -115,9 +116,9 @@ void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, flo
       const int64_t some = std::min<int64_t>(DOT_ROWS, rows - i);
       int64_t step = n;
       const float* from = in_float(x + i * n + k, some, piece, step, copy);
-      for (int64_t j = 0; j < r; j += DOT_COLUMNS)
+      for (int64_t j = begin; j < end; j += DOT_COLUMNS)
         with_constant<DOT_ROWS>(some, [&](auto some_rows) {
-          with_constant<DOT_COLUMNS>(std::min<int64_t>(DOT_COLUMNS, r - j), [&](auto columns) {
+          with_constant<DOT_COLUMNS>(std::min<int64_t>(DOT_COLUMNS, end - j), [&](auto columns) {
             dot_tile<some_rows, columns>(from, step, m + j * n + k, n, piece, scale, k > 0, h + i * r + j, r);
           });
         });
@@ -126,9 +127,10 @@ void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, flo
 }
 
 template <class Y>
-void expand(const float* h, const float* m, int64_t rows, int64_t n, int64_t r, bool add, Y* y, int64_t step) {
-  for (int64_t o = 0; o < n; o += PIECE)
-    sum_rows(h, r, 1, m, n, r, add, y, step, rows, o, std::min(n, o + PIECE));
+void expand(const float* h, const float* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, bool add,
+            Y* y, int64_t step) {
+  for (int64_t o = begin; o < end; o += PIECE)
+    sum_rows(h, r, 1, m, n, r, add, y, step, rows, o, std::min(end, o + PIECE));
 }
 
 template <class X>
@@ -137,10 +139,10 @@ void collect(const float* h, const X* x, int64_t rows, int64_t n, int64_t r, int
     sum_rows(h + i * r, 1, r, x + i * n, n, std::min(ROWS_AT_ONCE, rows - i), i > 0, d, n, r, begin, end);
 }
 
-template void project(const float*, const float*, int64_t, int64_t, int64_t, float, float*);
-template void project(const bfloat16*, const float*, int64_t, int64_t, int64_t, float, float*);
-template void expand(const float*, const float*, int64_t, int64_t, int64_t, bool, float*, int64_t);
-template void expand(const float*, const float*, int64_t, int64_t, int64_t, bool, bfloat16*, int64_t);
+template void project(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
+template void project(const bfloat16*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
+template void expand(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float*, int64_t);
+template void expand(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bfloat16*, int64_t);
 template void collect(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 template void collect(const float*, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 

@@ -15,13 +15,15 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// H = scale * X Mᵀ, for X (rows x n).
+// The columns `begin` to `end` of H = scale * X Mᵀ, for X (rows x n).
 template <class X>
-void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, float scale, float* h);
+void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float scale,
+             float* h);
 
-// Y = H M, or Y += H M, for Y (rows x n); each entry is rounded once.
+// The columns `begin` to `end` of Y = H M, or Y += H M, for Y (rows x n); each entry is rounded once.
 template <class Y>
-void expand(const float* h, const float* m, int64_t rows, int64_t n, int64_t r, bool add, Y* y, int64_t step);
+void expand(const float* h, const float* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, bool add,
+            Y* y, int64_t step);
 
 // The columns `begin` to `end` of D = Hᵀ X, for X (rows x n) and D (r x n).
 template <class X>

@@ -181,4 +181,24 @@ INLINE Vector gelu_by_tanh(Vector v) {
   return v / (1.f + exponential(-2.f * inner));
 }
 
+// ---- functions of a row ------------------------------------------------------------------------------------------
+inline float sum_of(Vector v) {
+  float sum;
+  totals<1>(&v, &sum);
+  return sum;
+}
+
+// y = weight * x / sqrt(mean(x²) + epsilon); returns the factor.
+inline float normalize(const float* x, const float* weight, int64_t n, double epsilon, float* y) {
+  float squares = 0;
+  int64_t k = 0;
+  Vector sums{};
+  for (; k + WIDTH <= n; k += WIDTH) sums += load(x + k) * load(x + k);
+  for (int j = 0; j < WIDTH; ++j) squares += sums[j];
+  for (; k < n; ++k) squares += x[k] * x[k];
+  const float factor = static_cast<float>(1 / std::sqrt(squares / static_cast<double>(n) + epsilon));
+  for (k = 0; k < n; ++k) y[k] = x[k] * factor * weight[k];
+  return factor;
+}
+
 }  // namespace lorakit

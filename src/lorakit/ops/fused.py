@@ -1,0 +1,149 @@
+"""The parts of a decoder between its matrix products, compiled and with derivatives that keep little.
+
+| | torch's operations keep | here |
+|---|---|---|
+| RMS norm | its input, and its output for the products after it | the output |
+| SwiGLU | gate, its SiLU, what it lets through, the product | gate, what it lets through, the product |
+| attention | turned queries and keys, repeated keys and values, outputs twice | queries, keys, values, outputs |
+| cross-entropy | logits, their log-softmax | nothing: it makes its gradient at once |
+
+Each function returns None for what it does not take (another device or dtype, a traced call, no library): then torch's
+operations are to be used. The derivatives cannot be differentiated again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakit.ops.low_rank import transformed
+from lorakit.ops.native.training import Kernels, kernels
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor | None:
+    """``weight * x / sqrt(mean(x²) + epsilon)`` over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    Args:
+        x: ``(..., n)``.
+        weight: ``(n,)``, frozen, no entry 0: the derivative is made from the output.
+        epsilon: Inside of the root.
+    """
+    library = _library(x, weight)
+    if library is None or (weight.requires_grad and torch.is_grad_enabled()):
+        return None
+    return _RmsNorm.apply(x, weight, epsilon, library)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor | None:
+    """``silu(gate) * up``, entry by entry (Shazeer 2020, arXiv 2002.05202)."""
+    library = _library(gate, up)
+    return None if library is None or gate.shape != up.shape else _Swiglu.apply(gate, up, library)
+
+
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, scale: float
+) -> Tensor | None:
+    """Causal attention inside each of several documents that lie end to end, with rotary positions.
+
+    A document's numbers are the same bit for bit whatever lies beside it. Rotary positions: Su et al. 2021 (arXiv
+    2104.09864), halves turned against each other.
+
+    Args:
+        q: ``(1, tokens, heads * n)``, as a projection makes it.
+        k: ``(1, tokens, kv_heads * n)``.
+        v: ``(1, tokens, kv_heads * n)``.
+        cos: ``(1, tokens, n)``.
+        sin: ``(1, tokens, n)``.
+        borders: ``(documents + 1,)``: the first token of each document, and the end.
+        scale: Of the scores.
+
+    Returns:
+        ``(1, tokens, heads * n)``.
+    """
+    library = _library(q, k, v, cos, sin)
+    if library is None or q.shape[0] != 1 or not library.takes_heads(cos.shape[-1]):
+        return None
+    return _DocumentAttention.apply(q, k, v, cos, sin, borders.to(torch.int64), scale, library)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> Tensor | None:
+    """``-log softmax(logits)[target]`` of each row ``(rows,)``; not differentiable, but it can tell the derivative.
+
+    Args:
+        logits: ``(rows, n)``.
+        targets: ``(rows,)``, each from 0 to n - 1.
+        gradient: ``(rows, n)``; gets the derivative of the sum of the losses, if given. It may be ``logits`` itself.
+    """
+    given = (logits,) if gradient is None else (logits, gradient)
+    library = _library(*(t.detach() for t in given))
+    return None if library is None else library.cross_entropy(*given[:1], targets.contiguous(), *given[1:])
+
+
+def _library(*tensors: Tensor) -> Kernels | None:
+    """The compiled functions, if they take these tensors."""
+    for t in tensors:
+        if t.device.type != "cpu" or t.dtype is not torch.float32 or type(t) not in _PLAIN or not t.numel():
+            return None
+    return None if transformed() else kernels()
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, library: Kernels) -> Tensor:
+        y, factors = library.rms_norm(x.contiguous(), weight.contiguous(), epsilon)
+        ctx.library = library
+        ctx.save_for_backward(y, weight, factors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, factors = ctx.saved_tensors
+        return ctx.library.rms_norm_back(dy.contiguous(), y, weight.contiguous(), factors), None, None, None
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, library: Kernels) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.library = library
+        ctx.save_for_backward(gate, up)
+        return library.swiglu(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.library.swiglu_back(dy.contiguous(), *ctx.saved_tensors), None
+
+
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        borders: Tensor,
+        scale: float,
+        library: Kernels,
+    ) -> Tensor:
+        q, k, v, cos, sin = (t.contiguous()[0] for t in (q, k, v, cos, sin))
+        y, logs = library.attention(q, k, v, cos, sin, borders, scale)
+        ctx.library, ctx.scale = library, scale
+        ctx.save_for_backward(q, k, v, cos, sin, borders, y, logs)
+        return y[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *given, y, logs = ctx.saved_tensors
+        changes = ctx.library.attention_back(dy.contiguous()[0], *given, ctx.scale, y, logs)
+        return *(d[None] for d in changes), None, None, None, None, None

@@ -1,0 +1,180 @@
+"""What a training step does between its matrix products, compiled, as Python sees it: plain functions of tensors.
+
+The structure mirrors `training.h`, field by field. Nothing here is known to autograd; see `lorakit.ops.fused`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.ops.native.load import LIBRARY, status
+
+_MOST_HEAD = 512
+
+
+class _Attention(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "cos", "sin", "borders", "y", "logs")),
+        *((name, c_void_p) for name in ("dy", "dq", "dk", "dv")),
+        *((name, c_int64) for name in ("documents", "heads", "kv_heads", "n", "threads")),
+        ("scale", c_double),
+    ]
+
+
+class Kernels:
+    """The functions of a loaded library, on contiguous float32 tensors of the CPU; what they return is new."""
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path)
+        library.lorakit_width.restype = c_int64
+        self._width: int = library.lorakit_width()
+        P, N = c_void_p, c_int64
+        self._rms_norm = _function(library, "rms_norm", P, P, N, N, c_double, P, P, N)
+        self._rms_norm_back = _function(library, "rms_norm_back", P, P, P, P, N, N, P, N)
+        self._swiglu = _function(library, "swiglu", P, P, N, P, N)
+        self._swiglu_back = _function(library, "swiglu_back", P, P, P, N, P, P, N)
+        self._cross_entropy = _function(library, "cross_entropy", P, P, N, N, P, P, N)
+        self._attention = _function(library, "attention", POINTER(_Attention))
+        self._attention_back = _function(library, "attention_back", POINTER(_Attention))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """``weight * x / sqrt(mean(x²) + epsilon)`` for ``x`` ``(..., n)``, and the factors ``(rows,)``."""
+        n = x.shape[-1]
+        y, factors = torch.empty_like(x), x.new_empty(x.numel() // n)
+        self._rms_norm(_at(x), _at(weight), len(factors), n, epsilon, _at(y), _at(factors), _threads())
+        return y, factors
+
+    def rms_norm_back(self, dy: Tensor, y: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
+        """The derivative with respect to ``x``, from the output; no entry of ``weight`` may be 0."""
+        dx = torch.empty_like(y)
+        self._rms_norm_back(
+            _at(dy), _at(y), _at(weight), _at(factors), len(factors), y.shape[-1], _at(dx), _threads()
+        )
+        return dx
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``silu(gate) * up``."""
+        y = torch.empty_like(gate)
+        self._swiglu(_at(gate), _at(up), gate.numel(), _at(y), _threads())
+        return y
+
+    def swiglu_back(self, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivatives with respect to ``gate`` and ``up``."""
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        self._swiglu_back(_at(dy), _at(gate), _at(up), gate.numel(), _at(dgate), _at(dup), _threads())
+        return dgate, dup
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> Tensor:
+        """``-log softmax(logits)[target]`` of each row, ``(rows,)``.
+
+        Args:
+            logits: ``(rows, n)``.
+            targets: ``(rows,)``, int64, each from 0 to n - 1.
+            gradient: ``(rows, n)``; gets the derivative of the sum, if given.
+        """
+        rows, n = logits.shape
+        losses = logits.new_empty(rows)
+        self._cross_entropy(
+            _at(logits), _at(targets), rows, n, _at(losses), _at(gradient), _threads()
+        )  # fmt: skip
+        return losses
+
+    def takes_heads(self, n: int) -> bool:
+        """Whether attention runs with heads of ``n`` entries."""
+        return n % self._width == 0 and n % 2 == 0 and n <= _MOST_HEAD
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, borders: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention inside each of several documents that lie end to end, with rotary positions.
+
+        Args:
+            q: ``(tokens, heads * n)``, as a projection makes it.
+            k: ``(tokens, kv_heads * n)``.
+            v: ``(tokens, kv_heads * n)``.
+            cos: ``(tokens, n)``.
+            sin: ``(tokens, n)``.
+            borders: ``(documents + 1,)``, int64.
+            scale: Of the scores.
+
+        Returns:
+            ``(tokens, heads * n)``, and the logarithms of the sums of exponentials ``(tokens, heads)``.
+        """
+        y, logs = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[1] // cos.shape[1])
+        self._attention(byref(_attention(q, k, v, cos, sin, borders, scale, y, logs)))
+        return y, logs
+
+    def attention_back(
+        self,
+        dy: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        borders: Tensor,
+        scale: float,
+        y: Tensor,
+        logs: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The derivatives with respect to ``q``, ``k`` and ``v``."""
+        given = _attention(q, k, v, cos, sin, borders, scale, y, logs)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        given.dy, given.dq, given.dk, given.dv = _at(dy), _at(dq), _at(dk), _at(dv)
+        self._attention_back(byref(given))
+        return dq, dk, dv
+
+
+def kernels() -> Kernels | None:
+    """The compiled functions, or None where there are none: `lorakit.ops.native.status` says why."""
+    found = status()
+    return _loaded(str(found.folder / LIBRARY)) if found.state == "compiled" else None
+
+
+@cache
+def _loaded(path: str) -> Kernels:
+    return Kernels(path)
+
+
+def _function(library: ctypes.CDLL, name: str, *types: Any) -> Any:
+    function = getattr(library, f"lorakit_{name}")
+    function.restype, function.argtypes = None, list(types)
+    return function
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    borders: Tensor,
+    scale: float,
+    y: Tensor,
+    logs: Tensor,
+) -> _Attention:
+    n = cos.shape[1]
+    return _Attention(
+        *(_at(t) for t in (q, k, v, cos, sin, borders, y, logs)),
+        *(None,) * 4,
+        len(borders) - 1,
+        q.shape[1] // n,
+        k.shape[1] // n,
+        n,
+        _threads(),
+        scale,
+    )

@@ -1,0 +1,229 @@
+"""A decoder's norms, gates and attention in the compiled form of `lorakit.ops.fused` while it is trained.
+
+What transformers writes as some twenty operations a block, each of which goes through memory and keeps something for
+the backward pass, becomes four. A part is taken when it is made as that of Llama is (also Mistral, Qwen2, SmolLM2 and
+whoever else is built so), and only if it then gives the outputs and gradients that it gave before on two short
+documents. What is not taken runs as it did: other architectures, devices and dtypes, compiled models, parts that are
+trained themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.ops.fused import document_attention, rms_norm, swiglu
+from lorakit.ops.native.training import kernels
+from lorakit.train.packing import NAME, pack, packed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Forward = Callable[..., Any]
+_SMALLEST = 1e-20  # the derivative of a norm divides by its weights
+_TOLERANCE = 1e-3
+_PROBED = (9, 4)  # tokens of the documents of a probe
+
+
+@contextmanager
+def fused_layers(model: PreTrainedModel, *, packs: bool) -> Iterator[int]:
+    """Run what is known of a model in its compiled form inside a ``with`` block, backward too.
+
+    Args:
+        model: With its adapters.
+        packs: Whether its batches are packed: attention is taken for these alone.
+
+    Yields:
+        How many modules run so; 0 where nothing is known.
+    """
+    replaced = _compiled_forms(model, packs) if _worthwhile(model) else []
+    for module, new in replaced:
+        module.__dict__["forward"] = new
+    try:
+        yield len(replaced)
+    finally:
+        for module, _ in replaced:
+            module.__dict__.pop("forward", None)
+
+
+def _worthwhile(model: PreTrainedModel) -> bool:
+    weight = next(model.parameters())
+    # Of another type are the parameters that FSDP has cut up.
+    plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype is torch.float32
+    return plain and kernels() is not None
+
+
+def _compiled_forms(model: PreTrainedModel, packs: bool) -> list[tuple[nn.Module, Forward]]:
+    """The modules whose compiled form gives the same, each with that form."""
+    was_training = model.training
+    model.eval()
+    try:
+        with packed(model) if packs else nullcontext():
+            return [
+                (module, partial(form, module, original))
+                for module in model.modules()
+                if (form := _compiled_form(module)) is not None
+                and (packs or form is not _attention)
+                and _same(
+                    original := type(module).forward.__get__(module), partial(form, module, original), module
+                )
+            ]
+    finally:
+        model.train(was_training)
+
+
+def _compiled_form(module: nn.Module) -> Forward | None:
+    """What stands for the forward of a module of transformers, if it looks like one that is known."""
+    if not type(module).__module__.startswith("transformers.models.") or "forward" in module.__dict__:
+        return None
+    if _is_norm(module):
+        return _norm
+    if _is_gate(module):
+        return _gate
+    return _attention if _is_attention(module) else None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__.endswith("RMSNorm")
+        and [name for name, _ in module.named_parameters()] == ["weight"]
+        and hasattr(module, "variance_epsilon")
+        and isinstance(weight, nn.Parameter)
+        and weight.dtype is torch.float32
+        and not weight.requires_grad
+        and bool((weight.abs() > _SMALLEST).all())
+    )
+
+
+def _is_gate(module: nn.Module) -> bool:
+    from transformers.activations import SiLUActivation
+
+    names = {name for name, _ in module.named_children()}
+    return names == {"gate_proj", "up_proj", "down_proj", "act_fn"} and isinstance(
+        module.act_fn, (nn.SiLU, SiLUActivation)
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    names = {name for name, _ in module.named_children()}
+    sizes = ("head_dim", "scaling", "num_key_value_groups", "attention_dropout")
+    return (
+        type(module).__name__.endswith("Attention")
+        and names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        and not list(module.named_parameters(recurse=False))
+        and all(hasattr(module, name) for name in sizes)
+    )
+
+
+def _norm(module: Any, original: Forward, hidden_states: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return original(hidden_states)
+    done = rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    return original(hidden_states) if done is None else done
+
+
+def _gate(module: Any, original: Forward, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return original(x)
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    done = swiglu(gate, up)
+    return module.down_proj(module.act_fn(gate) * up if done is None else done)
+
+
+def _attention(
+    module: Any,
+    original: Forward,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    borders = kwargs.get("cu_seq_lens_q")
+    if (
+        borders is None
+        or position_embeddings is None
+        or attention_mask is not None
+        or past_key_values is not None
+        or module.config._attn_implementation != NAME
+        or (module.training and module.attention_dropout)
+        or _narrower(module, borders)
+        or torch.compiler.is_compiling()
+    ):
+        return original(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+    q, k, v = (getattr(module, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
+    cos, sin = position_embeddings
+    done = document_attention(q, k, v, cos, sin, borders, module.scaling)
+    if done is None:  # the products are made again, so that only whole calls are ours
+        return original(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+    return module.o_proj(done), None
+
+
+def _narrower(module: Any, borders: Tensor) -> bool:
+    """Whether a token of some document sees less than all before it."""
+    window = (
+        module.sliding_window
+        if hasattr(module, "sliding_window")
+        else getattr(module.config, "sliding_window", None)
+    )
+    return window is not None and int(borders.diff().max()) > window
+
+
+def _same(original: Forward, compiled: Forward, module: Any) -> bool:
+    """Whether two forwards of a module give the same outputs, and gradients of their input."""
+    generator = torch.Generator().manual_seed(0)
+    attention = _is_attention(module)
+    if _is_norm(module):
+        width = len(module.weight)
+    else:
+        width = (module.q_proj if attention else module.gate_proj).in_features
+    x = torch.randn(1, sum(_PROBED), width, generator=generator)
+    more = _attention_inputs(module, generator) if attention else {}
+    try:
+        with torch.enable_grad():
+            (y, dx), (expected, expected_dx) = (
+                _outputs(forward, x, more) for forward in (compiled, original)
+            )
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False
+    return _near(y, expected) and _near(dx, expected_dx)
+
+
+def _outputs(forward: Forward, x: Tensor, more: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    at = x.clone().requires_grad_()
+    y = forward(at, **more)
+    y = y[0] if isinstance(y, tuple) else y
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    return y.detach(), torch.autograd.grad(y, at, dy)[0]
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    same_size = found.shape == expected.shape
+    return same_size and float((found - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max())
+
+
+def _attention_inputs(module: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Two documents, each token turned somehow."""
+    angles = 3 * torch.rand(1, sum(_PROBED), module.head_dim // 2, generator=generator)
+    angles = torch.cat([angles, angles], dim=-1)
+    batch = pack([list(range(n)) for n in _PROBED])
+    borders = {name: batch[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    return {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None, **borders}
