@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import LORAKIT, Aim, Benchmark, number, start
+from benchmarks.serving.adapters import base_folder, make_adapters
 
 MODEL, TOGETHER, REQUESTS = "smollm2", 16, 64
 RANKS = (8, 16, 32, 64)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
         others = {LLAMACPP: ours.llamacpp, LLAMACPP8: ours.llamacpp, VLLM: ours.vllm}
         sides = [s for s in SIDES if (ours.only is None or s in ours.only) and others.get(s, "here")]
         counts = [0, 1] if bench.quick else sorted(ours.counts)
-        make_adapters(work, max(counts))
+        make_all(work, max(counts))
         found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
         for _ in range(bench.rounds(ours.rounds)):
             for side in sides:
@@ -142,11 +142,9 @@ def _in_a_process(
 
 def child(plan: dict[str, Any]) -> None:
     from benchmarks.serving.load import facts, make_load
-    from lorakit.models import resolve
 
     side, work, threads = plan["side"], Path(plan["work"]), plan["threads"]
-    model = resolve(MODEL).path
-    assert model is not None
+    model = base_folder(MODEL)
     for n in plan["counts"]:
         adapters = work / ("many" if n > max(COUNTS) else "mixed") if n else None
         engine = _engine(side, model, adapters, n, threads, plan["python"])
@@ -184,45 +182,11 @@ def _engine(
     return kind(model, adapters, threads, count)
 
 
-def make_adapters(work: Path, count: int) -> None:
-    """Adapters of PEFT's format with random numbers: of mixed ranks, and where there are very many of rank 8."""
-    from transformers import AutoConfig
-
-    from lorakit.models import resolve
-
-    config = AutoConfig.from_pretrained(resolve(MODEL).path)
-    for folder, ranks, n in (
-        ("mixed", RANKS, min(count, max(COUNTS))),
-        ("many", (8,), count if count > max(COUNTS) else 0),
-    ):
-        for i in range(n):
-            place = work / folder / f"a{i:04d}"
-            if not (place / "adapter_model.safetensors").exists():
-                _make_adapter(place, config, ranks[i % len(ranks)], i)
-
-
-def _make_adapter(place: Path, config: Any, r: int, seed: int) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    place.mkdir(parents=True, exist_ok=True)
-    draw = torch.Generator().manual_seed(1000 + seed)
-    hidden, heads, few = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or hidden // heads
-    sizes = {"q_proj": (hidden, heads * width), "k_proj": (hidden, few * width), "v_proj": (hidden, few * width),
-             "o_proj": (heads * width, hidden)}  # fmt: skip
-    tensors = {}
-    for layer in range(config.num_hidden_layers):
-        for name, (n, out) in sizes.items():
-            path = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{path}.lora_A.weight"] = (torch.rand(r, n, generator=draw) * 2 - 1) / math.sqrt(n)
-            tensors[f"{path}.lora_B.weight"] = torch.randn(out, r, generator=draw) * 0.02
-    save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": list(sizes), "fan_in_fan_out": False, "base_model_name_or_path": MODEL,
-    }  # fmt: skip
-    (place / "adapter_config.json").write_text(json.dumps(settings))
+def make_all(work: Path, count: int) -> None:
+    """Adapters of mixed ranks, and where there are very many of rank 8."""
+    make_adapters(work / "mixed", MODEL, RANKS, min(count, max(COUNTS)))
+    if count > max(COUNTS):
+        make_adapters(work / "many", MODEL, (8,), count)
 
 
 if __name__ == "__main__":

@@ -50,16 +50,17 @@ class Lorakit:
 
         async def client() -> None:
             for one in waiting:
-                await self._ask(one)
+                await self.ask(one)
 
         async def arriving(one: Asked) -> None:
             await asyncio.sleep(max(0.0, began + one.arrival - time.perf_counter()))
-            await self._ask(one)
+            await self.ask(one)
 
         work = [arriving(one) for one in asked] if together is None else [client() for _ in range(together)]
         await asyncio.gather(*work)
 
-    async def _ask(self, one: Asked) -> None:
+    async def ask(self, one: Asked, noted: list[float] | None = None) -> None:
+        """Answer one request; ``noted`` gets the time of each token."""
         from lorakit.serve.requests import FinishEvent, GenerationRequest, TokenEvent
         from lorakit.serve.sampling import Sampling
 
@@ -72,7 +73,10 @@ class Lorakit:
         )
         async for event in self.server.engine.submit(request):
             if isinstance(event, TokenEvent):
-                one.came(event.token_id, time.perf_counter())
+                now = time.perf_counter()
+                one.came(event.token_id, now)
+                if noted is not None:
+                    noted.append(now)
             elif isinstance(event, FinishEvent) and event.reason == "error":
                 raise RuntimeError(str(event.error))
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import lorakit as lk
-from lorakit.errors import AdapterIncompatibleError, ModelError
+from lorakit.errors import AdapterIncompatibleError, ConfigError, ModelError
 from lorakit.ops.native.decoder import Kernel, PackedWeight, kernel
 from lorakit.serve.native_runner import NativeRunner
 from lorakit.serve.runner import Piece, Segment, StepBatch
@@ -276,3 +276,16 @@ def test_prepared_adapters_are_let_go_of():
     runner.forget(version)
     runner.forget(version)
     assert runner.prepared_bytes(version) == 0
+
+
+def test_the_smallest_room_there_is():
+    model = model_of("llama")
+    runner = NativeRunner(copy.deepcopy(model), kv_tokens=64, threads=1)
+    assert (runner.context, runner.arena.capacity, runner.arena.used) == (64, 128, 0)
+    slab, rows = runner.arena.reserve(64), torch.arange(5)
+    found = runner.step(StepBatch(rows, rows, [Segment(0, 5, None)], [Piece(0, 5, 0, slab)], rows[4:]))
+    with torch.no_grad():
+        want = model(input_ids=rows[None]).logits[0, 4:]
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="the least is 64"):
+        NativeRunner(model, kv_tokens=63, threads=1)

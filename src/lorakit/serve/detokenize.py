@@ -93,7 +93,7 @@ class StopTexts:
             at, stop = min(places, key=lambda place: (place[0], -len(place[1])))
             self._held = ""
             return Stopped(text[:at], stop)
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return Stopped(text[: len(text) - keep], None)
 
@@ -103,7 +103,7 @@ class StopTexts:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How much of the end of ``text`` is a beginning of ``stop``."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from lorakit.core.adapter import AdapterState
 from lorakit.errors import ServeError, ShuttingDownError
 from lorakit.io.adapter_directory import CONFIG, WEIGHTS
 from lorakit.serve.base_facts import BaseFacts
@@ -19,7 +18,15 @@ from lorakit.serve.manifest import TrustedKeys
 from lorakit.serve.memory import Memory
 from lorakit.serve.mixes import by_digest, make_mix
 from lorakit.serve.rooms import Room
-from lorakit.serve.sources import Files, Limits, check_files, find_files, read_adapter, resolve_source
+from lorakit.serve.sources import (
+    Adapter,
+    Files,
+    Limits,
+    check_files,
+    find_files,
+    read_adapter,
+    resolve_source,
+)
 from lorakit.serve.versions import AdapterId, Lease, is_name, mix_digest
 from lorakit.serve.waiters import LeaseWaiter, LoadWaiter
 
@@ -144,9 +151,9 @@ class Finder:
             return
         states = {lease.version.digest: lease.version.state for lease in leases}
 
-        def read(flight: Flight) -> AdapterState:
+        def read(flight: Flight) -> Adapter:
             try:
-                return make_mix([states[d] for d in parts], list(parts.values()), self._limits)
+                return Adapter(make_mix([states[d] for d in parts], list(parts.values()), self._limits))
             finally:
                 states.clear()
                 release()
@@ -220,7 +227,7 @@ class Finder:
         self._flights.start(flight)
 
     def _flight(self, name: str, path: Path, within: Path | None, waiter: LeaseWaiter | LoadWaiter) -> Flight:
-        def read(flight: Flight) -> AdapterState:
+        def read(flight: Flight) -> Adapter:
             assert flight.files is not None
             return read_adapter(flight.files, self._base, self._limits, self._trusted)
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorakit.core.adapter import AdapterState
 from lorakit.serve.contents import Content
 from lorakit.serve.rooms import Room, Ticket
-from lorakit.serve.sources import Files
+from lorakit.serve.sources import Adapter, Files
 from lorakit.serve.threads import Job
 from lorakit.serve.versions import AdapterVersion
 from lorakit.serve.waiters import Waiter
@@ -24,7 +23,7 @@ class Flight:
         source: For the same.
         look_up: Finds the files, without reading them; None of a mix.
         check: Checks what can be checked before room is set aside; the bytes that reading will take.
-        read: Reads them, or makes the mix: the state.
+        read: Reads them, or makes the mix.
         path: Where it looks; None of a mix.
         within: The folder that it must not lead out of; None for any.
         parts: The digests of a mix's parts.
@@ -44,7 +43,7 @@ class Flight:
 
     name: str
     source: str
-    read: Callable[[Flight], AdapterState]
+    read: Callable[[Flight], Adapter]
     look_up: Callable[[], Files] | None = None
     check: Callable[[Files], int] | None = None
     path: Path | None = None

@@ -20,7 +20,7 @@ from lorakit.serve.contents import Content, Source
 from lorakit.serve.flight import Flight
 from lorakit.serve.memory import Hook, Memory
 from lorakit.serve.rooms import Room
-from lorakit.serve.sources import Files, Identity
+from lorakit.serve.sources import Adapter, Files, Identity
 from lorakit.serve.threads import LoadingThreads
 from lorakit.serve.versions import AdapterVersion, make_version
 from lorakit.serve.waiters import Waiter
@@ -69,7 +69,8 @@ class Flights:
         """Begin with what is on the host already."""
         version = content.version
         assert version is not None
-        flight = Flight(version.name, version.source, read=lambda flight: version.state, waiters=[waiter])
+        known = Adapter(version.state, version.template)
+        flight = Flight(version.name, version.source, read=lambda flight: known, waiters=[waiter])
         flight.version, flight.content, content.flight = version, content, flight
         self.under_way.add(flight)
         self._ask_for_room(flight, Room(0, content.bytes), self._make_ready)
@@ -261,7 +262,8 @@ class Flights:
                 self._ask_for_room(flight, Room(size, 0), self._read)
 
     def _read(self, flight: Flight) -> None:
-        version = make_version(flight.read(flight), flight.name, 0, flight.source)
+        found = flight.read(flight)
+        version = make_version(found.state, flight.name, 0, flight.source, found.template)
         if flight.digest is not None:
             version.digest = flight.digest
         with self._memory.locked():

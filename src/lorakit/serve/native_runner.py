@@ -75,7 +75,9 @@ class NativeRunner:
         self._native = read_model(model, compiled, storage)
         sizes = self._native.sizes
         self.vocabulary = sizes.vocabulary
-        self.arena = KVArena(len(self._native.layers), sizes.kv_heads, sizes.head_dim, kv_tokens)
+        # What is compared first is two texts, each with a block of its own.
+        room = max(kv_tokens, 2 * BLOCK) if kv_tokens >= BLOCK else kv_tokens
+        self.arena = KVArena(len(self._native.layers), sizes.kv_heads, sizes.head_dim, room)
         self._decoder = NativeDecoder(
             compiled,
             sizes,

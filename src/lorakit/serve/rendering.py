@@ -9,19 +9,11 @@ import copy
 import threading
 from collections.abc import Collection
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.errors import (
-    AdapterBaseMismatchError,
-    AdapterCorruptError,
-    AdapterFileError,
-    AdapterMismatchError,
-    DataError,
-)
-from lorakit.models.chat_template import RENDERING_FILE, TEMPLATE_FILE, adapter_template, template_text
+from lorakit.errors import AdapterBaseMismatchError, DataError
+from lorakit.models.chat_template import RENDERING_FILE, template_text, tokens_sha256
 from lorakit.models.conversation import ConversationRenderer, stop_id
-from lorakit.serve.manifest import TrustedKeys, verify_files
 from lorakit.serve.versions import AdapterVersion
 
 if TYPE_CHECKING:
@@ -35,39 +27,31 @@ class Renderers:
         own: The base's.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, trusted: TrustedKeys | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.own = ConversationRenderer(tokenizer)
-        self._tokenizer, self._trusted = tokenizer, trusted
-        self._text = template_text(tokenizer)
+        self._tokenizer = tokenizer
+        self._text, self._tokens = template_text(tokenizer), tokens_sha256(tokenizer)
         self._templates: dict[str, str | None] = {}
         self._lock = threading.Lock()
         self._made = lru_cache(maxsize=64)(self._make)
 
     def note(self, version: AdapterVersion) -> None:
-        """Take the template that lies beside an adapter's weights.
+        """Render with the template that an adapter was trained with, if it has one.
 
         Raises:
-            AdapterCorruptError: Its files are damaged or were changed after training.
             AdapterBaseMismatchError: It was trained with another tokenizer.
-            AdapterUntrustedError: Only signed files count here, and these are not.
         """
-        folder = Path(version.source)
-        with self._lock:
-            if version.digest in self._templates:
-                return
-        found = [name for name in (RENDERING_FILE, TEMPLATE_FILE) if (folder / name).is_file()]
-        if not found:
+        template = version.template
+        if template is None:
             return
-        if self._trusted is not None:
-            verify_files(folder, self._trusted, needed=found)
-        try:
-            text = adapter_template(folder, self._tokenizer)
-        except AdapterMismatchError as error:
-            raise AdapterBaseMismatchError(str(error)) from error
-        except AdapterFileError as error:
-            raise AdapterCorruptError(str(error)) from error
+        if template.tokens_sha256 != self._tokens:
+            raise AdapterBaseMismatchError(
+                f"The adapter {version.name} was trained with another tokenizer: this base's makes other tokens of the "
+                "same text. Load it on the base that its adapter_config.json names; or, if you know that it fits, "
+                f"remove {RENDERING_FILE} from its folder."
+            )
         with self._lock:
-            self._templates[version.digest] = text
+            self._templates[version.digest] = template.text
 
     def forget(self, version: AdapterVersion) -> None:
         """Let go of an adapter's template."""

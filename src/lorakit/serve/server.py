@@ -66,11 +66,10 @@ class Server:
         limits: EngineLimits | None = None,
         digest: str | None = None,
         weights: Storage = "fp32",
-        trusted: TrustedKeys | None = None,
         note: str = "",
     ) -> None:
         self.name, self.tokenizer, self.runner, self.store = name, tokenizer, runner, store
-        self.renderers = Renderers(tokenizer, trusted)
+        self.renderers = Renderers(tokenizer)
         self.stop_ids = tuple(stop_ids)
         self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids)
         self.digest, self.weights, self.note = digest, weights, note
@@ -237,7 +236,6 @@ def build_server(
         limits=limits,
         digest=digest,
         weights=weights,
-        trusted=trusted,
         note=note,
     )
     prepared = _Preparations(server)

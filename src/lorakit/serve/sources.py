@@ -10,6 +10,7 @@ import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lorakit.core.adapter import AdapterState
 from lorakit.errors import (
@@ -27,6 +28,7 @@ from lorakit.errors import (
 )
 from lorakit.io.adapter_directory import CONFIG, WEIGHTS, read
 from lorakit.io.safetensors_file import read_header
+from lorakit.models.chat_template import RENDERING_FILE, TEMPLATE_FILE, OwnTemplate, own_template
 from lorakit.serve.base_facts import BaseFacts, check_belongs
 from lorakit.serve.manifest import MANIFEST, TrustedKeys, read_manifest, verify_files
 from lorakit.serve.versions import rank_at
@@ -61,7 +63,8 @@ class Files:
     Attributes:
         path: Of the adapter, as it was asked for, with symbolic links resolved.
         weights: The tensors.
-        others: The configuration and the signed manifest, those that are there.
+        others: The configuration, the signed manifest, and the chat template of the training with what identifies
+            it; those that are there.
         identity: Name, inode, time of change and size of each: differs when one was replaced.
     """
 
@@ -74,6 +77,18 @@ class Files:
     def weights_bytes(self) -> int:
         """The size of the file of the tensors."""
         return self.identity[0][3]
+
+
+class Adapter(NamedTuple):
+    """What the files of an adapter hold.
+
+    Attributes:
+        state: Its methods and tensors.
+        template: The chat template that it was trained with, where the files tell one.
+    """
+
+    state: AdapterState
+    template: OwnTemplate | None = None
 
 
 def resolve_source(source: str | os.PathLike[str], root: Path | None, *, anywhere: bool) -> Path:
@@ -133,8 +148,11 @@ def find_files(path: Path, within: Path | None) -> Files:
             raise _no_weights(path, {path.name})
         else:
             weights, folder = path, path.parent
-        others = [folder / name for name in (CONFIG, MANIFEST)]
-        found = [weights, *(other for other in others if other.exists() or other.is_symlink())]
+        found = [weights, *(folder / name for name in (CONFIG, MANIFEST) if _is_there(folder / name))]
+        if _is_there(
+            folder / RENDERING_FILE
+        ):  # a template that nothing identifies says nothing of the training
+            found += [folder / n for n in (RENDERING_FILE, TEMPLATE_FILE) if _is_there(folder / n)]
         identity = tuple(_facts(file, within) for file in found)
     except OSError as error:
         raise AdapterNotFoundError(
@@ -157,7 +175,8 @@ def check_files(files: Files, limits: Limits) -> int:
         _check_header(files, limits)
         begin, _ = read_header(files.weights)
         for other in files.others:
-            _check_json(other)
+            if other.name != TEMPLATE_FILE:
+                _check_json(other)
     except AdapterFileError as error:
         raise AdapterCorruptError(_without_folder(error, files)) from None
     except OSError as error:
@@ -172,7 +191,7 @@ def check_files(files: Files, limits: Limits) -> int:
     return data_bytes
 
 
-def read_adapter(files: Files, base: BaseFacts, limits: Limits, trusted: TrustedKeys | None) -> AdapterState:
+def read_adapter(files: Files, base: BaseFacts, limits: Limits, trusted: TrustedKeys | None) -> Adapter:
     """Read an adapter whole, and check all that can be checked without running it.
 
     With ``trusted``, the files are copied first, and what is verified is what is read.
@@ -198,7 +217,7 @@ def read_adapter(files: Files, base: BaseFacts, limits: Limits, trusted: Trusted
         return _read(copied, base, limits)
 
 
-def _read(files: Files, base: BaseFacts, limits: Limits) -> AdapterState:
+def _read(files: Files, base: BaseFacts, limits: Limits) -> Adapter:
     manifest = next((path for path in files.others if path.name == MANIFEST), None)
     if manifest is not None and base.digest is not None:
         made_for = read_manifest(manifest).base_digest
@@ -234,7 +253,16 @@ def _read(files: Files, base: BaseFacts, limits: Limits) -> AdapterState:
             )
     if base.name and state.spec.base and Path(state.spec.base).name != Path(base.name).name:
         _log.info("%s names the base %r; this one is %r", files.path.name, state.spec.base, base.name)
-    return state
+    return Adapter(state, _template(files))
+
+
+def _template(files: Files) -> OwnTemplate | None:
+    if not any(path.name == RENDERING_FILE for path in files.others):
+        return None
+    try:
+        return own_template(files.weights.parent)
+    except AdapterFileError as error:
+        raise AdapterCorruptError(_without_folder(error, files)) from None
 
 
 def _check_header(files: Files, limits: Limits) -> None:
@@ -282,6 +310,10 @@ def _facts(file: Path, within: Path | None) -> tuple[str, int, int, int]:
     if not stat.S_ISREG(found.st_mode):
         raise AdapterNotFoundError(f"{file.name} of the adapter {file.parent.name!r} is not a regular file.")
     return file.name, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
 
 def _inside(path: str, top: str) -> bool:

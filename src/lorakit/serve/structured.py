@@ -66,7 +66,7 @@ class GrammarCompiler:
             import llguidance.hf
         except ImportError as error:
             raise MissingDependencyError(
-                "Answers of a given form (response_format, regex, choice) need llguidance: "
+                "Answers of a given form (response_format, regex, choice, a required tool call) need llguidance: "
                 'pip install "lorakit[structured]".'
             ) from error
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lorakit.core.adapter import AdapterState
 from lorakit.errors import InvalidAdapterIdError
 from lorakit.io.safetensors_file import CODES
+from lorakit.models.chat_template import OwnTemplate
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _ID = re.compile(rf"({_NAME.pattern})(?:@([1-9][0-9]{{0,8}}))?", re.ASCII)
@@ -30,14 +31,15 @@ class AdapterVersion:
     evicted and read again is another object with the same digest.
 
     Attributes:
-        digest: SHA-256 in hex over the methods, shapes, information and tensors: the identity. Paths and the name
-            of the base are left out of it.
+        digest: SHA-256 in hex over the methods, shapes, information, tensors and chat template: the identity. Paths
+            and the name of the base are left out of it.
         state: The tensors on the host, contiguous, in the dtypes of the file.
         name: The first name that it was loaded under; for a mix ``"a:0.5+b:0.5"``.
         version: The number that it got under that name: 1, 2, ...
         bytes: Of all tensors.
         rank: The largest rank of any target; None where no method has one.
         source: Where it was read from.
+        template: The chat template that it was trained with, where its files tell one.
     """
 
     digest: str
@@ -47,6 +49,7 @@ class AdapterVersion:
     bytes: int
     rank: int | None
     source: str
+    template: OwnTemplate | None = None
 
     def __repr__(self) -> str:
         return f"AdapterVersion({self.name}@{self.version}, {self.digest[:12]}, {self.bytes} bytes)"
@@ -127,16 +130,28 @@ def parse_id(text: object, *, param: str | None = "model") -> AdapterId:
     return AdapterId(found[1], int(found[2]) if found[2] else None)
 
 
-def make_version(state: AdapterState, name: str, version: int, source: str) -> AdapterVersion:
+def make_version(
+    state: AdapterState, name: str, version: int, source: str, template: OwnTemplate | None = None
+) -> AdapterVersion:
     """A version of a state: detached, contiguous, and without memory that no tensor of it uses."""
     state = _compacted(state)
     return AdapterVersion(
-        content_digest(state), state, name, version, state.nbytes, largest_rank(state), source
+        content_digest(state, template),
+        state,
+        name,
+        version,
+        state.nbytes,
+        largest_rank(state),
+        source,
+        template,
     )
 
 
-def content_digest(state: AdapterState) -> str:
-    """SHA-256 in hex over what an adapter is: equal for equal content, whatever file or folder it lies in."""
+def content_digest(state: AdapterState, template: OwnTemplate | None = None) -> str:
+    """SHA-256 in hex over what an adapter is: equal for equal content, whatever file or folder it lies in.
+
+    The template counts, since the same tensors answer otherwise to prompts that are rendered otherwise.
+    """
     spec, ordered = state.spec, _ordered(state)
     described = {
         "methods": {path: method.to_json() for path, method in spec.methods.items()},
@@ -144,6 +159,8 @@ def content_digest(state: AdapterState) -> str:
         "info": _without_places(spec.info),
         "tensors": [(path, name, CODES[tensor.dtype], tuple(tensor.shape)) for path, name, tensor in ordered],
     }
+    if template is not None:
+        described["template"] = vars(template)
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=True, default=repr)
     digest = hashlib.sha256(text.encode("utf-8"))
     for _, _, tensor in ordered:

@@ -137,3 +137,54 @@ def test_an_adapter_with_a_template_of_its_own(world: World) -> None:
 
 def _hello(model: str) -> dict[str, object]:
     return {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+
+
+def test_another_template_makes_another_version(world: World) -> None:
+    from lorakit.models.chat_template import save_template
+    from tests.tiny_chat import TEMPLATE, tiny_tokenizer
+
+    def digest(template: str) -> str:
+        save_template(world.adapters / "sql", tiny_tokenizer(template))
+        body = {"name": "mine", "source": "sql", "if_exists": "replace"}
+        entry = world.post("/v1/adapters", body).json()
+        versions.append(entry["version"])
+        return str(entry["digest"])
+
+    versions: list[int] = []
+    save_adapter(world.adapters / "bare", seed=1)  # the same tensors, and no word of a template
+    plain = world.post("/v1/adapters", {"name": "bare"}).json()["digest"]
+    loud = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] | upper }}")
+    found = [digest(TEMPLATE), digest(loud), digest(loud), digest(TEMPLATE)]
+    assert versions == [1, 2, 2, 3]
+    assert found[1] == found[2]
+    assert found[0] == found[3]
+    assert len({plain, *found}) == 3
+    assert world.ask("mine@2", "hello") == world.ask("mine@1", "HELLO")
+    assert world.ask("mine@1", "hello") == world.ask("bare", "hello") != world.ask("mine@2", "hello")
+
+
+def test_a_template_in_the_one_folder_inside(world: World) -> None:
+    from lorakit.models.chat_template import save_template
+    from tests.tiny_chat import TEMPLATE, tiny_tokenizer
+
+    loud = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] | upper }}")
+    save_adapter(world.adapters / "run" / "adapter", seed=1)
+    save_template(world.adapters / "run" / "adapter", tiny_tokenizer(loud))
+    assert world.post("/v1/adapters", {"name": "run"}).status_code == 201
+    assert world.ask("run", "hello") == world.ask("sql", "HELLO")
+
+
+def test_the_source_is_a_path_in_the_adapter_folder(world: World, tmp_path: Path) -> None:
+    def source(name: str) -> str | None:
+        (entry,) = [e for e in world.get("/v1/adapters").json()["data"] if e["id"] == name]
+        assert world.get(f"/v1/adapters/{name}").json()["source"] == entry["source"]
+        return str(entry["source"])
+
+    assert source("sql") == "sql"
+    loaded = world.post("/v1/adapters", {"name": "mine", "source": "./style"})
+    assert loaded.json()["source"] == source("mine") == "style"
+    world.post("/v1/adapters/mine/alias", json := {"alias": "prod"})
+    assert source(json["alias"]) == "style"
+    elsewhere = save_adapter(tmp_path / "elsewhere", seed=5)
+    world.server.store.load("far", elsewhere, anywhere=True).result(20)
+    assert source("far") == str(elsewhere)

@@ -220,7 +220,7 @@ def test_fields_that_frameworks_always_send(world: World) -> None:
     ("change", "param"),
     [
         ({"tempratur": 1}, "tempratur"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),

@@ -79,6 +79,43 @@ def test_logprobs_are_parallel_lists(world: World) -> None:
     assert [t for part in parts for t in part["text_offset"]] == logprobs["text_offset"]
 
 
+def test_echo_with_logprobs_tells_those_of_the_prompt(world: World) -> None:
+    """What `lm-evaluation-harness` asks of a server to score texts."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    lk.load(model, world.adapters / "sql")
+    texts = ["select 1 from t", "é"]
+    body = ask(world, prompt=texts, echo=True, logprobs=2, max_tokens=3, n=2, temperature=1.0, seed=3)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    for choice in body["choices"]:
+        text = texts[choice["index"] // 2]
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            own = model(input_ids=ids).logits[0].log_softmax(-1)
+        logprobs, count = choice["logprobs"], ids.shape[1]
+        assert choice["text"].startswith(text)
+        assert {len(value) for value in logprobs.values()} == {count + 3}
+        assert logprobs["token_logprobs"][0] is None
+        assert logprobs["top_logprobs"][0] is None
+        wanted = own[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+        assert logprobs["token_logprobs"][1:count] == pytest.approx(wanted, abs=1e-3)
+        assert all(len(top) == 2 for top in logprobs["top_logprobs"][1:])
+        assert logprobs["text_offset"][0] == 0
+        assert logprobs["text_offset"][count] == len(text)
+    request = {
+        "model": "sql",
+        "temperature": 0,
+        "max_tokens": 3,
+        "prompt": texts[0],
+        "echo": True,
+        "logprobs": 1,
+    }
+    whole = ask(world, **request)["choices"][0]
+    told = [e["choices"][0] for e in streamed(world, request, "/v1/completions")]
+    assert "".join(c["text"] for c in told) == whole["text"]
+    for name in ("tokens", "text_offset", "token_logprobs"):
+        assert [v for c in told if c["logprobs"] for v in c["logprobs"][name]] == whole["logprobs"][name]
+
+
 def test_sixteen_tokens_unless_told(world: World) -> None:
     answer = world.post("/v1/completions", {"model": BASE, "prompt": "a", "ignore_eos": True})
     assert answer.json()["usage"]["completion_tokens"] == 16
@@ -97,7 +134,6 @@ def test_sixteen_tokens_unless_told(world: World) -> None:
         ({"prompt": ["a"] * 64, "n": 16}, "n"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
-        ({"echo": True, "logprobs": 1}, None),
         ({"logprobs": 21}, "logprobs"),
     ],
 )

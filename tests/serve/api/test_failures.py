@@ -302,9 +302,9 @@ def test_13_no_room_for_an_adapter(own_folder: Path) -> None:
 
 
 # ---- 14 to 20: while answering
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("stream", "events"), [(True, 0), (True, 3), (False, 0)])
 def test_14_a_client_that_goes_away_frees_its_request(
-    world: World, stream: bool, caplog: pytest.LogCaptureFixture
+    world: World, stream: bool, events: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     body = json.dumps({**chat("sql", max_tokens=900, ignore_eos=True), "stream": stream}).encode()
     host, port = world.url.removeprefix("http://").split(":")
@@ -315,6 +315,9 @@ def test_14_a_client_that_goes_away_frees_its_request(
     )
     until(lambda: world.server.engine.state().running == 1)
     assert world.server.runner.arena.used > 0
+    read = b""
+    while read.count(b"data: ") < events:
+        read += connection.recv(1000)
     with caplog.at_level("INFO", logger="lorakit.serve"):
         connection.close()
         began = time.monotonic()
@@ -327,6 +330,7 @@ def test_14_a_client_that_goes_away_frees_its_request(
     (line,) = [fact for fact in facts if fact.get("path") == "/v1/chat/completions"]
     assert line["error"] == "client_disconnected"
     assert line["status"] == 499
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
 
 
 def test_15_too_much_for_a_tenant_and_for_the_server(own_folder: Path) -> None:

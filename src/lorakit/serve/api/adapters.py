@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +15,7 @@ from lorakit.serve.api.auth import Tenant
 from lorakit.serve.api.schemas import AliasAdapter, LoadAdapter, PinAdapter, VllmLoad, VllmUnload
 from lorakit.serve.api.service import Service
 from lorakit.serve.entries import AdapterEntry, UnloadReport
-from lorakit.serve.versions import AdapterVersion, parse_id
+from lorakit.serve.versions import parse_id
 
 router = APIRouter()
 
@@ -22,11 +24,11 @@ def _service(request: Request) -> tuple[Service, Tenant]:
     return request.app.state.service, request.scope["state"]["record"].tenant
 
 
-def _managed(request: Request) -> Service:
+def _managed(request: Request) -> tuple[Service, Tenant]:
     """The same for who may manage adapters."""
     service, tenant = _service(request)
     tenant.require_admin()
-    return service
+    return service, tenant
 
 
 # ---- models
@@ -71,7 +73,7 @@ def _model(service: Service, entry: AdapterEntry) -> dict[str, Any]:
 async def list_adapters(request: Request) -> Response:
     """Every adapter that the key may use, with what is known of it."""
     service, tenant = _service(request)
-    entries = [describe(entry) for entry in service.entries(tenant)]
+    entries = [describe(service, tenant, entry) for entry in service.entries(tenant)]
     return JSONResponse({"object": "list", "data": entries})
 
 
@@ -79,22 +81,21 @@ async def list_adapters(request: Request) -> Response:
 async def show_adapter(request: Request, name: str) -> Response:
     """One adapter."""
     service, tenant = _service(request)
-    return JSONResponse(describe(_entry(service, tenant, name)))
+    return JSONResponse(describe(service, tenant, _entry(service, tenant, name)))
 
 
 @router.post("/v1/adapters", status_code=201)
 async def load_adapter(request: Request, asked: LoadAdapter) -> Response:
     """Read an adapter from the server's adapter folder into memory."""
-    service = _managed(request)
-    version = await _load(service, asked.name, asked.source or asked.name, asked.pinned, asked.if_exists)
-    entry = describe(service.server.store.entry(asked.name))
-    return JSONResponse({**entry, "version": version.version, "digest": version.digest}, 201)
+    service, tenant = _managed(request)
+    await _load(service, asked.name, asked.source or asked.name, asked.pinned, asked.if_exists)
+    return JSONResponse(describe(service, tenant, service.server.store.entry(asked.name)), 201)
 
 
 @router.delete("/v1/adapters/{name:path}")
 async def unload_adapter(request: Request, name: str, force: bool = False) -> Response:
     """Take an adapter's name away at once; its memory is freed when the last request that uses it is done."""
-    service = _managed(request)
+    service, _ = _managed(request)
     _only(request, "force")
     report = _unload(service, name, force=force)
     return JSONResponse(
@@ -105,25 +106,25 @@ async def unload_adapter(request: Request, name: str, force: bool = False) -> Re
 @router.post("/v1/adapters/{name:path}/pin")
 async def pin_adapter(request: Request, name: str, asked: PinAdapter | None = None) -> Response:
     """Keep an adapter in memory whatever happens, or no longer."""
-    service = _managed(request)
+    service, tenant = _managed(request)
     pinned = asked.pinned if asked is not None else True
-    return JSONResponse(describe(service.server.store.pin(str(parse_id(name, param="name")), pinned)))
+    entry = service.server.store.pin(str(parse_id(name, param="name")), pinned)
+    return JSONResponse(describe(service, tenant, entry))
 
 
 @router.post("/v1/adapters/{name:path}/alias", status_code=201)
 async def alias_adapter(request: Request, name: str, asked: AliasAdapter) -> Response:
     """Give what a name means now a further name, which stays with that version."""
-    service = _managed(request)
-    return JSONResponse(
-        describe(service.server.store.alias(asked.alias, str(parse_id(name, param="name")))), 201
-    )
+    service, tenant = _managed(request)
+    entry = service.server.store.alias(asked.alias, str(parse_id(name, param="name")))
+    return JSONResponse(describe(service, tenant, entry), 201)
 
 
 # ---- the same, as vLLM's users write it
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(request: Request, asked: VllmLoad) -> Response:
     """VLLM's way to load an adapter; the path is one in the server's adapter folder."""
-    service = _managed(request)
+    service, _ = _managed(request)
     await _load(
         service, asked.lora_name, asked.lora_path, False, "replace" if asked.load_inplace else "error"
     )
@@ -133,13 +134,13 @@ async def load_lora_adapter(request: Request, asked: VllmLoad) -> Response:
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(request: Request, asked: VllmUnload) -> Response:
     """VLLM's way to unload one."""
-    service = _managed(request)
+    service, _ = _managed(request)
     _unload(service, asked.lora_name, force=False)
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
 
-def describe(entry: AdapterEntry) -> dict[str, Any]:
-    """An adapter as JSON."""
+def describe(service: Service, tenant: Tenant, entry: AdapterEntry) -> dict[str, Any]:
+    """An adapter as JSON, as a tenant may see it."""
     return {
         "id": entry.name,
         "object": "adapter",
@@ -158,7 +159,19 @@ def describe(entry: AdapterEntry) -> dict[str, Any]:
         "loads": entry.loads,
         "idle_seconds": entry.idle_seconds,
         "base": entry.base,
+        "source": _source(service, tenant, entry),
     }
+
+
+def _source(service: Service, tenant: Tenant, entry: AdapterEntry) -> str | None:
+    """Where an adapter was read from, as `source` of a load names it; other paths of the machine are for admins."""
+    root, source = service.server.store.root, entry.source
+    if source is None:
+        return None
+    path = Path(os.path.realpath(source))
+    if root is not None and path.is_relative_to(os.path.realpath(root)):
+        return str(path.relative_to(os.path.realpath(root)))
+    return source if tenant.admin else None
 
 
 def _entry(service: Service, tenant: Tenant, name: str) -> AdapterEntry:
@@ -168,7 +181,7 @@ def _entry(service: Service, tenant: Tenant, name: str) -> AdapterEntry:
     return service.server.store.entry(wanted.name)
 
 
-async def _load(service: Service, name: str, source: str, pinned: bool, if_exists: str) -> AdapterVersion:
+async def _load(service: Service, name: str, source: str, pinned: bool, if_exists: str) -> None:
     if name == service.server.name:
         raise AdapterExistsError(
             f"{name!r} is the base model's name; give the adapter another one.", param="name"
@@ -177,7 +190,7 @@ async def _load(service: Service, name: str, source: str, pinned: bool, if_exist
         name, source, pinned=pinned, if_exists="replace" if if_exists == "replace" else "error"
     )
     # A client that goes away does not undo a load that others may be waiting for.
-    return await asyncio.shield(asyncio.wrap_future(future))
+    await asyncio.shield(asyncio.wrap_future(future))
 
 
 def _unload(service: Service, name: str, *, force: bool) -> UnloadReport:

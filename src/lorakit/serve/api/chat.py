@@ -14,14 +14,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from lorakit.errors import DataError, InvalidRequestError
-from lorakit.models.conversation import ConversationRenderer
+from lorakit.models.conversation import ConversationRenderer, normalised
 from lorakit.serve.api.events import DONE, Followed, event, event_stream, unless_gone
 from lorakit.serve.api.record import RequestRecord
 from lorakit.serve.api.sampling import request_maker
 from lorakit.serve.api.schemas import ChatRequest
 from lorakit.serve.api.service import Service
 from lorakit.serve.api.tokens import TokenTexts
-from lorakit.serve.requests import FinishEvent, TokenEvent
+from lorakit.serve.api.tools import Message, ToolUse, check_tools, tool_use
+from lorakit.serve.requests import Event, FinishEvent, TokenEvent
 
 router = APIRouter()
 
@@ -37,14 +38,16 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
 async def _answer(service: Service, record: RequestRecord, asked: ChatRequest) -> Response:
     record.model = asked.model
     wanted = service.wanted(asked.model, record.tenant)
-    messages = [{"role": _role(turn.role), "content": turn.text} for turn in asked.messages]
+    check_tools(asked)
+    messages = _turns(asked)
     if service.options.log_prompts:
         record.prompt = messages
     answers = asked.n or 1
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     async with service.leases(record, wanted, 1) as leases:
         renderer = service.renderer(wanted, record)
-        prompt = await service.encode(render, renderer, messages)
+        use = tool_use(renderer, asked)
+        prompt = await service.encode(render, renderer, messages, use)
         make = request_maker(
             service,
             asked,
@@ -53,8 +56,14 @@ async def _answer(service: Service, record: RequestRecord, asked: ChatRequest) -
             logprobs=logprobs,
             tenant=record.tenant.name,
             further_stops=service.server.renderers.stop_ids(renderer),
+            grammar=None if use is None else use.forced,
         )
-        followed = service.follow(record, service.submit(leases, [make]), answers)
+        try:
+            followed = service.follow(record, service.submit(leases, [make]), answers)
+        except InvalidRequestError as error:
+            if use is None or use.forced is None:
+                raise
+            raise InvalidRequestError(str(error), param="tools") from error  # the grammar is made of them
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if asked.stream else "chat.completion",
@@ -63,42 +72,58 @@ async def _answer(service: Service, record: RequestRecord, asked: ChatRequest) -
         "system_fingerprint": service.server.fingerprint(record.digest),
     }
     if asked.stream:
-        return await _stream(service, record, asked, head, followed)
-    return JSONResponse(await _whole(service, record, asked, head, followed))
+        return await _stream(service, record, asked, use, head, followed)
+    return JSONResponse(await _whole(service, record, asked, use, head, followed))
 
 
-def render(renderer: ConversationRenderer, messages: list[dict[str, str]]) -> list[int]:
+def render(
+    renderer: ConversationRenderer, messages: list[dict[str, Any]], use: ToolUse | None = None
+) -> list[int]:
     """Token ids of a conversation.
 
     Raises:
-        InvalidRequestError: The chat template refuses it.
+        InvalidRequestError: The chat template refuses it, or shows no tools.
     """
+    if use is None:
+        try:
+            return renderer.prompt(messages)
+        except DataError as error:
+            raise InvalidRequestError(str(error), param="messages") from error
     try:
-        return renderer.prompt(messages)
+        return renderer.ids(renderer.prompt_text(messages, use.shown) + use.prompt)
+    except DataError as error:
+        raise InvalidRequestError(str(error), param="tools") from error
+
+
+def _turns(asked: ChatRequest) -> list[dict[str, Any]]:
+    try:
+        return normalised([message.turn for message in asked.messages])
     except DataError as error:
         raise InvalidRequestError(str(error), param="messages") from error
 
 
-def _role(role: str) -> str:
-    return "system" if role == "developer" else role  # the same turn under its newer name
-
-
 @dataclass
 class _Choice:
-    texts: list[str] = field(default_factory=list)
+    message: Message
     tokens: list[TokenEvent] = field(default_factory=list)
     reason: str | None = None
 
 
 async def _whole(
-    service: Service, record: RequestRecord, asked: ChatRequest, head: dict[str, Any], followed: Followed
+    service: Service,
+    record: RequestRecord,
+    asked: ChatRequest,
+    use: ToolUse | None,
+    head: dict[str, Any],
+    followed: Followed,
 ) -> dict[str, Any]:
-    choices = [_Choice() for _ in range(asked.n or 1)]
+    choices = [_Choice(Message(use)) for _ in range(asked.n or 1)]
     async for index, what in followed:
         if isinstance(what, FinishEvent):
-            choices[index].reason = what.reason
-        else:
-            choices[index].texts.append(what.text)
+            choices[index].message.finish()
+            choices[index].reason = choices[index].message.reason(what.reason)
+        elif isinstance(what, TokenEvent):
+            choices[index].message.add(what)
             if asked.logprobs:
                 choices[index].tokens.append(what)
     return {
@@ -106,7 +131,7 @@ async def _whole(
         "choices": [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+                "message": choice.message.whole(),
                 "logprobs": _logprobs(service.tokens, choice.tokens) if asked.logprobs else None,
                 "finish_reason": choice.reason,
             }
@@ -117,8 +142,15 @@ async def _whole(
 
 
 async def _stream(
-    service: Service, record: RequestRecord, asked: ChatRequest, head: dict[str, Any], followed: Followed
+    service: Service,
+    record: RequestRecord,
+    asked: ChatRequest,
+    use: ToolUse | None,
+    head: dict[str, Any],
+    followed: Followed,
 ) -> Response:
+    messages = [Message(use) for _ in range(asked.n or 1)]
+
     def chunk(
         index: int, delta: dict[str, Any], reason: str | None = None, tokens: list[TokenEvent] | None = None
     ) -> str:
@@ -129,13 +161,17 @@ async def _stream(
             body["usage"] = None
         return event(json.dumps(body))
 
-    def say(index: int, what: TokenEvent | FinishEvent) -> Iterator[str]:
+    def say(index: int, what: Event) -> Iterator[str]:
+        message = messages[index]
         if isinstance(what, FinishEvent):
-            yield chunk(index, {}, what.reason)
-        elif asked.logprobs:
-            yield chunk(index, {"content": what.text}, None, [what])
-        elif what.text:
-            yield chunk(index, {"content": what.text})
+            yield from (chunk(index, delta) for delta in message.finish())
+            yield chunk(index, {}, message.reason(what.reason))
+        elif isinstance(what, TokenEvent):
+            deltas = message.add(what)
+            if asked.logprobs:
+                first, *deltas = deltas or [{"content": ""}]
+                yield chunk(index, first, None, [what])
+            yield from (chunk(index, delta) for delta in deltas)
 
     opening = [chunk(index, {"role": "assistant", "content": ""}) for index in range(asked.n or 1)]
     ends = partial(closing, record, head, usage_wanted=asked.usage_wanted)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -21,7 +21,7 @@ from lorakit.serve.api.sampling import request_maker
 from lorakit.serve.api.schemas import MOST_CHOICES, CompletionRequest
 from lorakit.serve.api.service import Service
 from lorakit.serve.api.tokens import TokenTexts
-from lorakit.serve.requests import FinishEvent, TokenEvent
+from lorakit.serve.requests import Event, FinishEvent, Logprob, PromptEvent, TokenEvent
 
 router = APIRouter()
 
@@ -60,6 +60,7 @@ async def _answer(service: Service, record: RequestRecord, asked: CompletionRequ
             max_tokens=service.room(prompt, asked.max_tokens or OPENAI_MAX_TOKENS, "prompt"),
             logprobs=asked.logprobs,
             tenant=record.tenant.name,
+            prompt_logprobs=asked.logprobs if asked.echo else None,
         )
         for prompt in prompts
     ]
@@ -94,20 +95,37 @@ def _echoed(service: Service, prompts: Sequence[str | list[int]]) -> list[str]:
     return [p if isinstance(p, str) else str(service.server.tokenizer.decode(p)) for p in prompts]
 
 
+class _Told(NamedTuple):
+    """A token of an answer, or of the prompt that is told with it."""
+
+    token_id: int
+    logprob: float | None
+    top: Sequence[Logprob] | None
+    prompt: bool
+
+
+def _told(what: TokenEvent | PromptEvent) -> list[_Told]:
+    if isinstance(what, PromptEvent):
+        return [_Told(*token, prompt=True) for token in what.tokens]
+    return [_Told(what.token_id, what.logprob, what.top_logprobs or (), prompt=False)]
+
+
 @dataclass
 class _Choice:
     echo: str
     texts: list[str] = field(default_factory=list)
-    tokens: list[TokenEvent] = field(default_factory=list)
+    tokens: list[_Told] = field(default_factory=list)
     reason: str | None = None
+    begun: bool = False  # whether a token of the answer itself was told
     written: int = 0  # characters of text so far, for the offsets of tokens in a stream
 
-    def add(self, what: TokenEvent | FinishEvent) -> None:
+    def add(self, what: Event) -> None:
         if isinstance(what, FinishEvent):
             self.reason = what.reason
         else:
-            self.texts.append(what.text)
-            self.tokens.append(what)
+            self.tokens += _told(what)
+            if isinstance(what, TokenEvent):
+                self.texts.append(what.text)
 
 
 def _choice(
@@ -116,7 +134,7 @@ def _choice(
     index: int,
     choice: _Choice,
     text: str,
-    tokens: Sequence[TokenEvent],
+    tokens: Sequence[_Told],
 ) -> dict[str, Any]:
     logprobs = None
     if asked.logprobs is not None and tokens:
@@ -132,37 +150,44 @@ async def _stream(
     choices: Sequence[_Choice],
     followed: Followed,
 ) -> Response:
-    def chunk(index: int, text: str, tokens: Sequence[TokenEvent] = ()) -> str:
+    def chunk(index: int, text: str, tokens: Sequence[_Told] = ()) -> str:
         body = {**head, "choices": [_choice(service, asked, index, choices[index], text, tokens)]}
         if asked.usage_wanted:
             body["usage"] = None
         return event(json.dumps(body))
 
-    def say(index: int, what: TokenEvent | FinishEvent) -> Iterator[str]:
+    def say(index: int, what: Event) -> Iterator[str]:
         if isinstance(what, FinishEvent):
             choices[index].reason = what.reason
             yield chunk(index, "")
+        elif isinstance(what, PromptEvent):
+            yield chunk(index, choices[index].echo, _told(what))
         elif what.text or asked.logprobs is not None:
-            yield chunk(index, what.text, [what])
+            yield chunk(index, what.text, _told(what))
 
-    opening = [chunk(index, choice.echo) for index, choice in enumerate(choices) if choice.echo]
+    echoed = [] if asked.logprobs is not None else enumerate(choices)  # else it comes with its logprobs
+    opening = [chunk(index, choice.echo) for index, choice in echoed if choice.echo]
     ends = partial(closing, record, head, usage_wanted=asked.usage_wanted)
     return await event_stream(record, followed, say, opening=opening, closing=ends)
 
 
-def _logprobs(texts: TokenTexts, tokens: Sequence[TokenEvent], choice: _Choice) -> dict[str, Any]:
+def _logprobs(texts: TokenTexts, tokens: Sequence[_Told], choice: _Choice) -> dict[str, Any]:
     """OpenAI's older form: parallel lists. Advances the choice's count of characters."""
     names, offsets = [], []
     for token in tokens:
         one = texts.one(token.token_id)
+        if not token.prompt and not choice.begun:  # single tokens are not always the prompt's text together
+            choice.begun, choice.written = True, len(choice.echo)
         names.append(one.key)
-        offsets.append(len(choice.echo) + choice.written)
+        offsets.append(choice.written)
         choice.written += len(one.text)
     return {
         "tokens": names,
         "token_logprobs": [number(token.logprob) for token in tokens],
         "top_logprobs": [
-            {texts.one(top.token_id).key: number(top.logprob) for top in token.top_logprobs or ()}
+            None
+            if token.top is None
+            else {texts.one(top.token_id).key: number(top.logprob) for top in token.top}
             for token in tokens
         ],
         "text_offset": offsets,

@@ -13,11 +13,11 @@ from starlette.types import Receive, Scope, Send
 from lorakit.errors import ClientDisconnectedError
 from lorakit.serve.api.errors import as_serve_error, error_text
 from lorakit.serve.api.record import RequestRecord
-from lorakit.serve.requests import FinishEvent, TokenEvent
+from lorakit.serve.requests import Event
 
 T = TypeVar("T")
 
-Followed = AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]
+Followed = AsyncGenerator[tuple[int, Event], None]
 """What `Service.follow` gives."""
 
 DONE = "data: [DONE]\n\n"
@@ -89,7 +89,7 @@ class EventStream(Response):
 async def event_stream(
     record: RequestRecord,
     followed: Followed,
-    say: Callable[[int, TokenEvent | FinishEvent], Iterable[str]],
+    say: Callable[[int, Event], Iterable[str]],
     *,
     opening: Iterable[str] = (),
     closing: Callable[[], Iterable[str]] = tuple,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lorakit.errors import ShuttingDownError
+from lorakit.errors import ServeError, ShuttingDownError
 from lorakit.serve.api.exchange import answer_failure, read_body, record_of, replayed, stamped
 from lorakit.serve.api.record import RequestRecord
 
@@ -52,7 +52,7 @@ class Gate:
             record.error = record.error or ShuttingDownError.code
             raise
         except Exception as error:
-            await answer_failure(error, record, scope, receive, send)
+            await answer_failure(_itself(error), record, scope, receive, send)
         finally:
             self.service.metrics.count(record)
             if record.path not in QUIET:
@@ -71,3 +71,9 @@ class Gate:
             hold = held.enter_context(service.admission.body())
             body = await read_body(headers, receive, service.admission, hold)
             await self.app(scope, replayed(body, receive), send)
+
+
+def _itself(error: Exception) -> Exception:
+    """What was raised: starlette wraps an error that it could have answered if the answer had not begun."""
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, ServeError) else error

@@ -19,7 +19,7 @@ from lorakit.serve.api.sampling import request_maker
 from lorakit.serve.api.schemas import Generation, LoraxParameters, LoraxRequest
 from lorakit.serve.api.service import Service
 from lorakit.serve.mixes import mix_name
-from lorakit.serve.requests import FinishEvent, TokenEvent
+from lorakit.serve.requests import Event, FinishEvent, TokenEvent
 from lorakit.serve.versions import parse_id
 
 router = APIRouter()
@@ -66,7 +66,7 @@ async def _answer(request: Request, asked: LoraxRequest, *, stream: bool) -> Res
     async for _, what in followed:
         if isinstance(what, FinishEvent):
             finish = what
-        else:
+        elif isinstance(what, TokenEvent):
             texts.append(what.text)
             tokens.append(_token(service, what))
     body: dict[str, Any] = {"generated_text": "".join(texts)}
@@ -145,7 +145,7 @@ async def _stream(
     texts = [before]
     held: list[dict[str, Any]] = []  # the latest token: the last one is told together with the end
 
-    def say(_: int, what: TokenEvent | FinishEvent) -> Iterator[str]:
+    def say(_: int, what: Event) -> Iterator[str]:
         if isinstance(what, TokenEvent):
             texts.append(what.text)
             held.append({"token": _token(service, what), "generated_text": None, "details": None})

@@ -24,6 +24,8 @@ def request_maker(
     logprobs: int | None,
     tenant: str | None,
     further_stops: Sequence[int] = (),
+    grammar: Grammar | None = None,
+    prompt_logprobs: int | None = None,
 ) -> Make:
     """What makes the engine's request of one prompt, once its lease is there.
 
@@ -35,6 +37,8 @@ def request_maker(
         logprobs: How many of the likeliest tokens to tell of each; None tells nothing.
         tenant: Whose request it is.
         further_stops: Tokens that end this adapter's answers beside the base's own.
+        grammar: What the answer must look like, where the client has not said so itself.
+        prompt_logprobs: The same as ``logprobs``, of the prompt's tokens.
 
     Raises:
         InvalidRequestError: A value makes no sense to this model.
@@ -44,7 +48,7 @@ def request_maker(
         sampling = _sampling(asked)
     except ConfigError as error:
         raise InvalidRequestError(str(error)) from error
-    grammar = _grammar(asked.response_format or asked.structured_outputs)
+    grammar = grammar or _grammar(asked.response_format or asked.structured_outputs)
     seconds = asked.timeout if asked.timeout is not None else service.options.timeout
     deadline = None if seconds is None else time.monotonic() + seconds
 
@@ -63,6 +67,7 @@ def request_maker(
             stop_token_ids=stop_ids,
             ignore_eos=bool(asked.ignore_eos),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             n=asked.n or 1,
             tenant=tenant,
             deadline=deadline,

@@ -32,7 +32,7 @@ from lorakit.serve.api.naming import Wanted, parse_model
 from lorakit.serve.api.record import RequestRecord
 from lorakit.serve.api.tokens import TokenTexts
 from lorakit.serve.mixes import mix_name
-from lorakit.serve.requests import Event, FinishEvent, GenerationRequest, TokenEvent
+from lorakit.serve.requests import Event, FinishEvent, GenerationRequest, PromptEvent, TokenEvent
 from lorakit.serve.versions import Lease
 
 if TYPE_CHECKING:
@@ -263,8 +263,10 @@ class Service:
 
     async def follow(
         self, record: RequestRecord, streams: Sequence[Stream], answers: int
-    ) -> AsyncGenerator[tuple[int, TokenEvent | FinishEvent], None]:
+    ) -> AsyncGenerator[tuple[int, Event], None]:
         """The events of all answers as they come, each with the number of its answer; counts what goes by.
+
+        What is told of a prompt is told once for each of its answers.
 
         Leaving early stops the engine's work on all of them.
 
@@ -285,7 +287,10 @@ class Service:
                     latest[index] = now
                     record.completion_tokens += 1
                     yield index, event
-                elif isinstance(event, FinishEvent):
+                elif isinstance(event, PromptEvent):
+                    for index in range(answers):
+                        yield number * answers + index, event
+                else:
                     self._finish(record, event)
                     yield number * answers + event.index, event
         finally:

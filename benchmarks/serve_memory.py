@@ -1,0 +1,114 @@
+"""How much memory does an adapter take that is ready to run, over what its tensors alone would take?
+
+A server in a process of its own loads more and more adapters; what the process holds is read after each load, when
+every answer has been given. The slope over the number of adapters is one adapter's share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import LORAKIT, Aim, Benchmark, start
+from benchmarks.serving.adapters import base_folder, make_adapters
+from benchmarks.serving.engines import Lorakit
+from benchmarks.serving.load import make_load
+
+COUNTS = (8, 16, 32, 48, 64)
+RANKS = (8, 64)
+HERE = Path(__file__).resolve().parent.parent
+
+
+def main(argv: Sequence[str] | None = None) -> Benchmark:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--models", nargs="+", default=["smollm2"], help="built-in names or folders")
+    parser.add_argument("--runners", nargs="+", default=["auto"], choices=["auto", "native", "transformers"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="where adapters are made, and kept")
+    ours, rest = parser.parse_known_args(argv)
+    bench = start("serve_memory", __doc__ or "", rest)
+    counts = [2, 4, 6] if bench.quick else list(COUNTS)
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in ours.models:
+            for r in RANKS:
+                folder = (ours.work or Path(scratch)) / f"{Path(model).name}-r{r}"
+                make_adapters(folder, model, (r,), max(counts))
+                for runner in ours.runners:
+                    plan = {"model": model, "folder": str(folder), "counts": counts, "runner": runner,
+                            "threads": bench.threads}  # fmt: skip
+                    rows = [_in_a_process(plan) for _ in range(bench.rounds(ours.rounds))]
+                    report(bench, f"{Path(model).name}, rank {r}", rows)
+    bench.finish()
+    return bench
+
+
+def report(bench: Benchmark, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """One adapter's share over its tensors, and what the server counts itself."""
+    shares = [slope(row["resident"]) / row["tensors"] for row in rows]
+    size = rows[0]["tensors"] / 1e6
+    counted = rows[0]["prepared"] / rows[0]["tensors"]
+    bench.add(
+        f"{name}: memory over tensors", {LORAKIT: shares}, unit="times", ratio=None, aim=Aim(LORAKIT, "<=", 1.1),
+        note=f"The tensors of one have {size:.2f} MB; what the runner prepares has {counted:.2f} times that. "
+        f"Run by {rows[0]['runner']}.",
+    )  # fmt: skip
+
+
+def slope(points: Sequence[tuple[int, int]]) -> float:
+    """Bytes for each adapter more: least squares."""
+    return statistics.linear_regression([n for n, _ in points], [size for _, size in points]).slope
+
+
+def _in_a_process(plan: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.serve_memory", "--child", json.dumps(plan)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
+    if done.returncode:
+        raise SystemExit(f"{plan['model']} failed: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def child(plan: dict[str, Any]) -> None:
+    folder = Path(plan["folder"])
+    engine = Lorakit(
+        base_folder(plan["model"]), folder, plan["threads"], runner=plan["runner"], weights="fp32"
+    )
+    server = engine.server
+    resident: list[tuple[int, int]] = []
+    try:
+        for n in plan["counts"]:
+            load = make_load(n, "distinct", max(n, 16), vocabulary=server.runner.vocabulary)
+            engine.run(load, 16)  # all answer, so that whatever a step keeps for an adapter is there
+            resident.append((n, resident_bytes()))
+        lease = server.store.acquire("a0000").result()
+        with lease:
+            tensors = lease.version.bytes
+            prepared = getattr(server.runner, "prepared_bytes", lambda version: version.bytes)(lease.version)
+    finally:
+        engine.close()
+    print(json.dumps({"resident": resident, "tensors": tensors, "prepared": prepared, "runner": server.note}))
+
+
+def resident_bytes() -> int:
+    """What the process holds, when what it has freed is given back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    if "--child" in sys.argv:
+        child(json.loads(sys.argv[sys.argv.index("--child") + 1]))
+    else:
+        main()
