@@ -7,15 +7,18 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.attach.fold import Block, Change, WholeBlock, blocks, fold, same_changes
-from lorakit.core import WeightMethod
+from lorakit.core import Shape, Target, WeightMethod
+from lorakit.core.method import Tensors
 from lorakit.ops import Ranges
 from lorakit.targets.dense import DenseStorage
-from lorakit.targets.linear import LinearTarget
+from lorakit.targets.linear import LinearTarget, TransposedLinearTarget
 from lorakit.targets.slices import SliceTarget
 from tests.contracts.pairs import Case, pairs
+from tests.contracts.settings import SETTINGS
 
 FOLD = sys.modules["lorakit.attach.fold"]
 
@@ -25,11 +28,22 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pairs(
-    kinds=("linear", "hfconv1d", "hfconv1d-slice", "embedding", "conv2d-groups", "experts"),
+    kinds=(
+        "linear",
+        "linear-slice-interleaved",
+        "linear-slice-uneven",
+        "hfconv1d",
+        "hfconv1d-slice",
+        "embedding",
+        "conv2d",
+        "conv2d-groups",
+        "conv3d-groups",
+        "experts",
+    ),
     of=WeightMethod,
 )
 def test_blocks_of_one_row_give_the_whole(setting: str, kind: str) -> None:
-    """Of every method at every kind of target: the rows that `along_rows` names are the rows that act."""
+    """Of every method at every kind of target: what `at_rows` gives is what the method does at these rows."""
     case = Case(kind, training=False)
     case.attach(setting, "a")
     case.attach_partner(setting, "b")
@@ -69,17 +83,67 @@ def test_rows_are_shared_out_without_gap_or_overlap(monkeypatch: pytest.MonkeyPa
         (6, 8),
     ]
     two = [change(target(rows=(0, 2))), change(target(rows=(4, 8)))]
-    assert [(b.start, b.stop) for b in blocks(W, two) if isinstance(b, Block)] == [(0, 2), (0, 3), (3, 4)]
+    assert [(b.start, b.stop) for b in blocks(W, two) if isinstance(b, Block)] == [(0, 2), (4, 7), (7, 8)]
 
 
-def test_what_overlaps_or_has_no_rows_is_folded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_overlap_are_cut_where_the_changes_differ() -> None:
+    W = torch.randn(8, 4)
+    every_other = SliceTarget(target(), "1:2,3:6", Ranges.of([(1, 2), (3, 6)], 8))
+    found = list(blocks(W, [change(target(rows=(0, 5))), change(every_other)]))
+    assert [
+        (b.start, b.stop, [(p.start, p.stop) for p in b.parts]) for b in found if isinstance(b, Block)
+    ] == [
+        (0, 1, [(0, 1)]),
+        (1, 2, [(1, 2), (0, 1)]),
+        (2, 3, [(2, 3)]),
+        (3, 5, [(3, 5), (1, 3)]),
+        (5, 6, [(3, 4)]),
+    ]
+
+
+class Reversed(WeightMethod):
+    """A method that says nothing of rows."""
+
+    def shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
+        return {}
+
+    def weight(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
+        return W.flip(-2)
+
+
+def test_what_has_no_rows_in_common_is_folded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FOLD, "BLOCK_NUMBERS", 4)
     W = torch.randn(8, 4)
-    (whole,) = blocks(W, [change(target()), change(target(rows=(0, 2)))])
+    (whole,) = blocks(W, [change(target(), Reversed()), change(target(rows=(0, 2)), Reversed())])
     assert isinstance(whole, WholeBlock)
-    (block,) = blocks(W, [change(target(), lk.LoKr(r=2))])
-    assert isinstance(block, Block)
-    assert (block.start, block.stop) == (0, 8)
+    expected = W.flip(-2)
+    expected[:2] += W[:2].flip(-2) - W[:2]
+    assert torch.allclose(whole.merged(W, torch.float32), expected)
+    transposed = TransposedLinearTarget("layer", Conv1D(4, 8), DenseStorage())
+    (whole,) = blocks(W, [change(target()), change(transposed)])
+    assert isinstance(whole, WholeBlock)
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in ("full", "bitfit")])
+def test_every_method_goes_through_the_rows(setting: str) -> None:
+    """All but loralib's view of a grouped convolution, whose kernels mix the rows of the product."""
+    method = SETTINGS[setting].method
+    if not isinstance(method, WeightMethod):
+        pytest.skip("it has no weight form")
+    kinds = [Shape("linear", 12, 8), Shape("embedding", 8, 20), Shape("conv", 6, 36, (2,), (3, 3))]
+    for shape in kinds:
+        tensors = {name: torch.randn(size) for name, size in method.shapes(shape).items()}
+        if isinstance(method, lk.VeRA) or isinstance(getattr(method, "inner", None), lk.VeRA):
+            tensors |= {"vera_A": torch.randn(5, 40), "vera_B": torch.randn(40, 5)}
+        if shape.kind != "conv" and isinstance(method, lk.LoRAC):
+            continue
+        if shape.kind == "conv" and isinstance(method, lk.TokenRows):
+            continue
+        found = method.at_rows(shape, tensors, 1, 3)
+        assert (found is None) == (setting == "lora_c_view" and shape.kind == "conv")
 
 
 def test_folding_in_place_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_combine_tells_what_a_cut_left_out(
 ) -> None:
     words = ["combine", *folders, "--rank", 3, "--dtype", "bfloat16", "-o", tmp_path / "c"]
     assert "% of the norm of the change" in lorakit(*words).out
-    result = json.loads(lorakit(*words, "--json").out)
+    result = json.loads(lorakit(*words, "--json", "--overwrite").out)
     assert 0 < result["relative_error"] < 1
     assert result["targets"][PATH]["r"] == 3
     assert result["targets"][PATH]["lost"] < result["targets"][PATH]["norm"]
@@ -67,16 +67,19 @@ def test_resize_to_a_rank_an_energy_and_a_size(
     lorakit: Lorakit, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert lorakit("resize", folders[0], "--rank", 2, "-o", out).code == 0
+    assert lorakit("resize", folders[0], "--rank", 2, "-o", out, "--overwrite").code == 0
     assert lk.read(out).spec.methods[PATH].r == 2  # type: ignore[attr-defined]
-    assert lorakit("resize", folders[0], "--energy", 0.8, "-o", out).code == 0
+    assert lorakit("resize", folders[0], "--energy", 0.8, "-o", out, "--overwrite").code == 0
     assert 1 < lk.read(out).spec.methods[PATH].r < 6  # type: ignore[attr-defined]
     for most in ("4kB", "5KiB"):
-        outcome = lorakit("resize", folders[0], "--size", most, "-o", out)
+        outcome = lorakit("resize", folders[0], "--size", most, "-o", out, "--overwrite")
         assert outcome.code == 0, outcome.err
         assert (out / "adapter_model.safetensors").stat().st_size <= bytes_of(most)
-    assert "too few" in lorakit("resize", folders[0], "--size", 10, "-o", out).err
-    assert "leave --rank" in lorakit("resize", folders[0], "--size", "4kB", "--rank", 2, "-o", out).err
+    assert "too few" in lorakit("resize", folders[0], "--size", 10, "-o", out, "--overwrite").err
+    assert (
+        "leave --rank"
+        in lorakit("resize", folders[0], "--size", "4kB", "--rank", 2, "-o", out, "--overwrite").err
+    )
 
 
 def test_sizes() -> None:
@@ -212,3 +215,19 @@ def test_dora_is_taken_as_what_it_changes_in_the_base(lorakit: Lorakit, tmp_path
         "holds no weight that the adapters change"
         in lorakit("diff", *folders, "--base", tmp_path / "other").err
     )
+
+
+@pytest.mark.parametrize("words", [("combine", "--rank", 2), ("resize", "--rank", 2)])
+def test_what_is_there_is_replaced_only_when_told_to(
+    lorakit: Lorakit, folders: tuple[Path, Path], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    a, b = folders
+    before = {path.name: path.read_bytes() for path in b.iterdir()}
+    outcome = lorakit(*words, a, "-o", b)
+    assert outcome.code == 2
+    assert "exists and is not empty" in outcome.err
+    assert {path.name: path.read_bytes() for path in b.iterdir()} == before
+    assert lorakit(*words, a, "-o", b, "--overwrite").code == 0
+    assert {path.name: path.read_bytes() for path in b.iterdir()} != before
+    (tmp_path / "file").touch()
+    assert "is a file" in lorakit(*words, a, "-o", tmp_path / "file", "--overwrite").err

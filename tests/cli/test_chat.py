@@ -68,3 +68,20 @@ def test_adapters_of_the_same_name(lorakit: Lorakit, trained: Trained, tmp_path:
     outcome = lorakit("chat", trained.model, "-a", trained.adapter, "-a", trained.adapter)
     assert outcome.code == 2
     assert "'run'" in outcome.err
+
+
+def test_what_does_not_converse_is_told_so(lorakit: Lorakit, trained: Trained, tmp_path: Path) -> None:
+    from tests.tiny_encoder import save_tiny_encoder
+    from tests.tiny_writers import save_tiny_t5
+
+    told = lorakit("chat", save_tiny_t5(tmp_path / "t5"))
+    assert (told.code, told.out) == (2, "")
+    assert "Ask it with lorakit generate" in told.err
+    told = lorakit("chat", save_tiny_encoder(tmp_path / "bert"))
+    assert "BertModel, which writes nothing" in told.err
+    told = lorakit("chat", trained.model, "-a", trained.adapter.parent.parent / "none")
+    assert told.code == 2
+
+
+def test_a_runs_folder_is_its_adapter(talk, trained: Trained) -> None:
+    assert talk(QUESTIONS[0], words=("--adapter", trained.adapter.parent)).out == "red\n"

@@ -94,3 +94,12 @@ def test_mistakes(lorakit: Lorakit, kinds: Kinds, trained: Trained, tmp_path: Pa
     assert "nothing to classify" in lorakit(*words, "--file", tmp_path / "empty.txt").err
     assert "use lorakit generate" in lorakit("classify", trained.model, "-a", trained.adapter, "-t", "a").err
     assert "no classification head of its own" in lorakit("classify", kinds.model, "-t", "a").err
+
+
+def test_a_classifiers_adapter_writes_nothing(lorakit: Lorakit, kinds: Kinds) -> None:
+    told = lorakit("generate", kinds.model, "-a", kinds.adapter, "-p", "hi")
+    assert told.code == 2
+    assert "trained for task: classification, and writes no texts: lorakit classify MODEL" in told.err
+    said = lorakit("classify", kinds.model, "-a", kinds.adapter.parent, "-t", "cat is old")
+    assert said.code == 0, said.err
+    assert said.out.startswith("animal")

@@ -34,3 +34,12 @@ def test_mistakes(lorakit: Lorakit, trained: Trained) -> None:
     assert "There is no adapter at" in lorakit("eval", trained.recipe, "--set", "output=nowhere").err
     assert lorakit("eval", trained.recipe, "--split", "tets").code == 2
     assert "set data.valid" in lorakit("eval", trained.recipe, "--split", "valid").err
+
+
+def test_every_key_is_a_flag(lorakit: Lorakit, trained: Trained) -> None:
+    outcome = lorakit(
+        "eval", trained.recipe, "--evaluate.metrics", "[exact_match]", "--evaluate.limit", 2, "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    told = json.loads(outcome.out)
+    assert (list(told["scores"]), told["count"]) == (["exact_match"], 2)

@@ -57,3 +57,10 @@ def test_mistakes(
     assert "There is no adapter" in lorakit("generate", trained.model, "-p", "a", "-a", tmp_path / "x").err
     assert "no base model 'nope'" in lorakit("generate", "nope", "-p", "a").err
     assert "No such file" in lorakit("generate", trained.model, "-f", tmp_path / "none.txt").err
+
+
+def test_a_runs_folder_is_its_adapter(lorakit: Lorakit, trained: Trained) -> None:
+    outcome = lorakit("generate", trained.model, "-a", trained.adapter.parent, "-p", QUESTIONS[0], "-n", 8)
+    assert outcome.out == "red\n"
+    outcome = lorakit("eval", trained.recipe, "--adapter", trained.adapter.parent, "--limit", 3, "--json")
+    assert json.loads(outcome.out)["adapter"] == str(trained.adapter)

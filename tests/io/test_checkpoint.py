@@ -58,3 +58,13 @@ def test_damage_is_told(tmp_path: Path) -> None:
     (tmp_path / "one.safetensors").write_bytes(b"\xff" * 30)
     with pytest.raises(AdapterFileError, match="damaged"):
         Checkpoint(tmp_path)
+
+
+def test_an_index_of_other_shards_is_refused(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"]["elsewhere"] = "one.safetensors"
+    index.write_text(json.dumps(value))
+    with pytest.raises(AdapterFileError, match="the index names elsewhere, and no shard holds it"):
+        Checkpoint(tmp_path)

@@ -54,6 +54,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(method: Any) -> None:
         ({"r": 2.5}, "whole number"),
         ({"rank_pattern": {"a": -1}}, "at least 1"),
         ({"alpha": float("nan")}, "alpha must be a finite number"),
+        ({"alpha": 1e308}, "alpha must be a finite number"),  # it overflows in float32
         ({"alpha_pattern": {"a": "1"}}, "alpha must be a finite number; got '1'"),
     ],
     ids=str,

@@ -171,6 +171,11 @@ def test_every_method_gives_the_bits_of_a_merge_in_memory(
             None,
         ),
         ("gpt2", lk.LoRA(r=2, bias=True), ["c_fc"]),
+        ("gpt2", lk.LoKr(r=2), ["c_attn[q]", "c_fc"]),
+        ("gpt2", lk.DoRA(lk.LoKr(r=2)), ["c_attn[0:8,16:24,32:40]", "c_attn[8:16,50:53]"]),
+        ("gpt2", lk.InputDoRA(lk.LoRA(r=2)), ["c_attn[q]", "c_attn[v]", "c_fc"]),
+        ("llama", lk.InputDoRA(lk.LoKr(r=2)), ["lm_head", "q_proj"]),
+        ("llama", lk.TokenRows((3, 250)), ["lm_head"]),
         ("bert", lk.LoRA(r=2), ["word_embeddings", "query"]),
         ("bert", {"query": lk.LoRA(r=2, bias=True), "query.bias": lk.BitFit()}, None),
     ],
@@ -389,6 +394,12 @@ def test_what_cannot_be_merged_is_told_and_nothing_is_left(tmp_path: Path) -> No
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
     refused(MergeError, "is quantised", base, [good])
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e300])
+def test_a_weight_that_is_no_number_is_refused(tmp_path: Path, weight: float) -> None:
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        merge_checkpoint(tmp_path, [tmp_path], tmp_path / "out", weights=[weight])
 
 
 def test_an_adapter_of_two_sides_is_refused_as_in_memory(tmp_path: Path) -> None:

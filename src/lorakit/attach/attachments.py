@@ -54,6 +54,7 @@ class Attachments:
     flags: dict[str, bool] = field(default_factory=dict)
     merged: list[Merged] = field(default_factory=list)
     default_before_merge: Any = None
+    ties: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
     ties_broken: bool = False
 
     def adapter(self, name: str) -> Attached:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from lorakit.attach.attachments import Attachments, Merged, attachments_of
 from lorakit.attach.fold import Change, bias_delta, fold
 from lorakit.attach.slot import AdapterParameters, Slot
+from lorakit.attach.ties import forget_ties, tie_again, untie
 from lorakit.core.method import WeightMethod
 from lorakit.core.route import OFF, Mix
 from lorakit.core.target import Target
-from lorakit.core.walk import base_modules
 from lorakit.errors import MergeError, listing
 from lorakit.ops import all_finite
 from lorakit.targets.dense import DenseStorage
@@ -102,7 +102,7 @@ def merge(
     except BaseException:  # out of memory half-way: what was replaced so far goes back
         restore_base(attachments, model)
         raise
-    attachments.ties_broken = _untie_config(model, attachments)
+    untie(model, attachments)
     routing.merged = mix
     routing.set_default(default if covered else mix)
     if permanent:
@@ -136,9 +136,7 @@ def restore_base(attachments: Attachments, model: nn.Module) -> None:
         elif item.bias_changed:
             DenseStorage().restore(target.module, "bias", item.bias)  # type: ignore[arg-type]
     attachments.merged.clear()
-    if attachments.ties_broken:
-        _set_tied(model, True)
-        attachments.ties_broken = False
+    tie_again(model, attachments)
     attachments.routing.merged = OFF
     attachments.routing.set_default(attachments.default_before_merge)
     attachments.default_before_merge = None
@@ -261,23 +259,8 @@ def _forget(model: nn.Module, attachments: Attachments, mix: Mix) -> None:
     routing = attachments.routing
     attachments.merged.clear()
     attachments.default_before_merge = None
-    attachments.ties_broken = False
+    forget_ties(attachments)
     routing.merged = OFF
     routing.set_default(Mix(tuple((n, w) for n, w in routing.default.weights if n not in mix.names)))
     for name in mix.names:
         detach(model, name)
-
-
-def _untie_config(model: nn.Module, attachments: Attachments) -> bool:
-    """Say in a transformers config that a tie is broken, or loading the saved model would restore it."""
-    olds = {id(item.weight) for item in attachments.merged}
-    tied = any(id(p) in olds for _, m in base_modules(model) for p in m._parameters.values() if p is not None)
-    return tied and _set_tied(model, False)
-
-
-def _set_tied(model: nn.Module, value: bool) -> bool:
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", None) is (not value):
-        config.tie_word_embeddings = value  # type: ignore[union-attr]
-        return True
-    return False

@@ -64,17 +64,40 @@ def command(
 
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     quiet_loading()
+    _check_converses(base)
     with MultiTaskLoRAServer(base, weights=cast(Storage, weights), threads=threads) as server:
         names = [_load(server, folder) for folder in adapter or []]
         server.switch_task(names[0] if names else None)
         _Conversation(server, names, system, sampling, max_tokens).run()
 
 
+def _check_converses(base: str) -> None:
+    """Raise `ConfigError` for a model on this disk that reads with an encoder: it is asked by other commands."""
+    from lorakit.errors import ConfigError
+    from lorakit.models import has_encoder_and_decoder, resolve
+    from lorakit.models.purpose import kind_of_class
+
+    found = resolve(base)
+    if found.path is None:
+        return
+    if has_encoder_and_decoder(found):
+        raise ConfigError(
+            f"{base} reads one text with an encoder and writes one: it does not converse. Ask it with lorakit generate."
+        )
+    kind = kind_of_class(found.architectures)
+    if kind not in (None, "causal-lm"):
+        raise ConfigError(
+            f"{base} is a {found.architectures[0]}, which writes nothing: it does not converse."
+        )
+
+
 def _load(server: MultiTaskLoRAServer, folder: Path) -> str:
     """Load an adapter under its folder's name, or that of the run around it; returns the name."""
     from lorakit.errors import ConfigError
     from lorakit.serve.versions import parse_name
+    from lorakit.train.run_adapter import adapter_for
 
+    folder = adapter_for(folder, "does not converse", "causal-lm")
     whole = folder.resolve()
     name = parse_name(whole.parent.name if whole.name == "adapter" else whole.name)
     if name in {entry.name for entry in server.server.store.list()}:

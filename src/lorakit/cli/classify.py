@@ -14,7 +14,9 @@ def command(
     adapter: Annotated[
         Path | None,
         typer.Option(
-            "--adapter", "-a", help="Folder of an adapter that was trained with task: classification."
+            "--adapter",
+            "-a",
+            help="Folder of an adapter that was trained with task: classification, or of its run.",
         ),
     ] = None,
     text: Annotated[
@@ -47,17 +49,20 @@ def command(
     from lorakit.models import load_classifier, load_tokenizer, resolve
     from lorakit.train import classify
     from lorakit.train.classifying import adapter_labels
+    from lorakit.train.run_adapter import adapter_for
 
     if second is not None and len(second) != len(text or []):
         raise ConfigError(f"{len(second)} --second for {len(text or [])} --text: give one for each.")
     asked = _texts(text or [], second, file)
     if not asked:
         raise DataError("There is nothing to classify: give --text, --file, or lines on standard input.")
+    if adapter is not None:
+        adapter = adapter_for(adapter, "labels no texts", "sequence-classification")
     labels = None if adapter is None else adapter_labels(adapter)
     if adapter is not None and labels is None:
         raise ConfigError(
             f"{adapter} was not trained with task: classification, so it names no labels. "
-            "For an adapter that writes answers use lorakit generate."
+            "For an adapter that writes answers use lorakit generate; one of another task is scored with lorakit eval."
         )
     quiet_loading()
     resolved = resolve(model)

@@ -46,6 +46,7 @@ def command(
         bool, typer.Option("--any-base", help="Combine adapters that name different base models.")
     ] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make one adapter of several: the weighted sum of what they change, or another way. Needs no model.
@@ -74,9 +75,10 @@ def command(
     """
     from lorakit.adapters import combine
     from lorakit.cli.base_option import base_weights
-    from lorakit.cli.output import say_json, say_pairs
+    from lorakit.cli.output import check_free, say_json, say_pairs
     from lorakit.io.adapter_directory import read, write
 
+    check_free(out, overwrite)
     states = [read(path) for path in adapters]
     made = combine(
         states,

@@ -58,6 +58,10 @@ def _say(found: Estimate) -> None:
     ]
     if shape.tokens is not None and shape.steps is not None:
         pairs.append(("run", f"{shape.steps:,} steps, {shape.tokens:,} tokens"))
+    for name, own in found.adapters.items():
+        pairs.append((f"adapter {name!r}", f"{own.trainable:,} parameters"))
+    if found.frozen_cache is not None:
+        pairs.append(("train.cache_frozen", f"keeps {size(found.frozen_cache)}"))
     if found.seconds is not None:
         pairs.append(
             (

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorakit.cli.recipe_options import Settings
+from lorakit.cli.recipe_options import Settings, recipe_with
 
 if TYPE_CHECKING:
     from lorakit.train import EvalResult, Recipe
 
 
 def command(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="The recipe: it names the model, the data and the metrics.")],
     adapter: Annotated[
         Path | None,
         typer.Option(
-            "--adapter", "-a", help="Folder of the adapter; by default the one that the recipe trained."
+            "--adapter",
+            "-a",
+            help="Folder of the adapter, or of its run; by default the one that the recipe trained.",
         ),
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the base model, without any adapter.")] = False,
@@ -43,6 +46,7 @@ def command(
         lorakit eval recipes/text_to_sql.yaml
         lorakit eval recipes/text_to_sql.yaml --base --limit 50
         lorakit eval recipes/e2e_nlg.yaml --adapter runs/e2e/adapter --save answers.jsonl --json
+        lorakit eval recipes/trec.yaml --base --model.name runs/trec-lora/adapter-merged
 
     Which metrics: evaluate.metrics in the recipe; by default execution accuracy for SQL, BLEU and NIST where there are
     several references, the loss for conversations; for task: classification accuracy, macro F1 and loss, and a table of
@@ -51,11 +55,14 @@ def command(
     """
     from lorakit.cli.output import quiet_loading, say, say_json
     from lorakit.errors import ConfigError
-    from lorakit.train import Recipe, evaluate, progress_for
+    from lorakit.train import evaluate, progress_for
+    from lorakit.train.run_adapter import adapter_folder
 
     if base and adapter is not None:
         raise ConfigError("--base scores without an adapter: give --base or --adapter, not both.")
-    read = Recipe.from_file(recipe, settings or [])
+    read = recipe_with(context, recipe, settings)
+    if adapter is not None:
+        adapter = adapter_folder(adapter)
     scored = _to_score(read, adapter, base, recipe)
     quiet_loading()
     progress = progress_for()

@@ -73,7 +73,7 @@ def _pairs(result: Exported) -> list[tuple[str, str]]:
     if result.base is not None:
         pairs.insert(1, ("base", result.base))
     if result.difference is not None:
-        pairs.append(("largest difference of a logit, read back from disk", f"{result.difference:.2e}"))
+        pairs.append(("largest difference of an output, read back from disk", f"{result.difference:.2e}"))
     if result.rounding is not None:
         pairs.append(
             ("rounding took, beside a merge in float64", f"{result.rounding:.2%} of the norm of the change")

@@ -43,6 +43,7 @@ def command(
         typer.Option("--base-name", help="What the adapter's file calls its base; by default BASE."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make a LoRA of what fine-tuning changed: the best approximation of each layer's difference. Loads no model.
@@ -58,10 +59,11 @@ def command(
     """
     from lorakit.adapters.checkpoints import conv1d_of, from_checkpoints
     from lorakit.cli.combine import dtype_called, fitted_json, fitted_pairs
-    from lorakit.cli.output import say_json, say_pairs
+    from lorakit.cli.output import check_free, say_json, say_pairs
     from lorakit.io.adapter_directory import write
     from lorakit.io.checkpoint import Checkpoint
 
+    check_free(out, overwrite)
     old, new = Checkpoint(base), Checkpoint(tuned)
     found = from_checkpoints(
         old,

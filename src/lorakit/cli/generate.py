@@ -14,7 +14,7 @@ def command(
         str, typer.Argument(help="A folder, a built-in name (smollm2), or a hub id (org/name).")
     ],
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", "-a", help="Folder of an adapter to use.")
+        Path | None, typer.Option("--adapter", "-a", help="Folder of an adapter to use, or of a run.")
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="What to ask; as often as needed.")
@@ -59,6 +59,7 @@ def command(
     from lorakit.train import generate
     from lorakit.train.generation import generate_from_sources
     from lorakit.train.recipe import GenerateSection
+    from lorakit.train.run_adapter import adapter_for
 
     if not 0 < top_p <= 1:
         raise ConfigError(f"--top-p is a share above 0 and up to 1; got {top_p}.")
@@ -68,6 +69,8 @@ def command(
     settings = GenerateSection(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
+    if adapter is not None:
+        adapter = adapter_for(adapter, "writes no texts", "causal-lm", "seq2seq")
     quiet_loading()
     resolved = resolve(model)
     writes_from_source = has_encoder_and_decoder(resolved)

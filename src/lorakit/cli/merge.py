@@ -43,7 +43,7 @@ def command(
         typer.Option(
             "--task",
             help="With --base, where the adapter was made on another class than the config names: causal-lm, seq2seq, "
-            "sequence-classification or feature-extraction.",
+            "sequence-classification, token-classification, image-classification or feature-extraction.",
         ),
     ] = None,
     measure: Annotated[
@@ -65,8 +65,10 @@ def command(
     what rounding to the checkpoint's dtype took is told, beside the same merge in float64.
 
     [bold]lorakit merge MODEL ADAPTER...[/bold] loads the model, and reads the result back and runs it beside the
-    unmerged one before it is kept. It is the way for what has no place in the checkpoint: adapters of classifiers
-    (whose head is new), hub ids, and weights that transformers makes anew in loading.
+    unmerged one before it is kept. It is the way for hub ids, a ResNet's file of weights, and weights that transformers
+    makes anew in loading.
+
+    What an adapter was trained for decides what comes out: a classifier has its head and the names of its labels.
 
     [bold]Examples[/bold]
 
@@ -78,8 +80,9 @@ def command(
     """
     from lorakit.cli.output import quiet_loading
     from lorakit.errors import ConfigError
+    from lorakit.train.run_adapter import adapter_folder
 
-    given, listed = adapter or [], adapters or []
+    given, listed = list(map(adapter_folder, adapter or [])), list(map(adapter_folder, adapters or []))
     if base is not None and model is not None:
         raise ConfigError(
             "Either --base DIR --adapter DIR ..., one tensor at a time, or MODEL ADAPTER ..., with the model loaded; "
@@ -174,11 +177,11 @@ def _load(
         f"{model} with {', '.join(map(str, adapters))} merged into it",
         [
             ("saved in", f"{result.folder} ({size(result.bytes)})"),
-            ("largest difference of a logit, merged against unmerged", f"{result.merged_difference:.2e}"),
+            ("largest difference of an output, merged against unmerged", f"{result.merged_difference:.2e}"),
             ("the same, read back from disk", f"{result.saved_difference:.2e}"),
             (
-                "what the adapters change in a logit",
-                f"up to {result.adapter_effect:.2e} (logits up to {result.largest_logit:.1f})",
+                "what the adapters change in an output",
+                f"up to {result.adapter_effect:.2e} (outputs up to {result.largest_logit:.1f})",
             ),
         ],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -52,8 +53,24 @@ def size(count: int) -> str:
     return ""
 
 
-def quiet_loading() -> None:
-    """Without transformers' bar for loading weights, which tells little and breaks lines."""
-    from transformers.utils import logging
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise `ConfigError` where a folder for an adapter would get in the way of what is there."""
+    from lorakit.errors import ConfigError
 
-    logging.disable_progress_bar()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, and the result is a folder: name another place.")
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} exists and is not empty: name another folder, or replace it (--overwrite).")
+
+
+def quiet_loading() -> None:
+    """Without transformers' bar for loading weights, which tells little and breaks lines.
+
+    And without the word of bitsandbytes, where that is installed, that a kernel is missing which nothing here calls.
+    """
+    import logging
+
+    from transformers.utils import logging as told
+
+    told.disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -33,6 +33,7 @@ def command(
         bool, typer.Option("--dense", help="Also bring LoHa, LoKr and LoRA-C to a LoRA.")
     ] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write an adapter at another rank: at each target the best there is at that rank. Needs no model.
@@ -48,10 +49,11 @@ def command(
     """
     from lorakit.adapters import resize
     from lorakit.cli.combine import dtype_called, fitted_json, fitted_pairs
-    from lorakit.cli.output import say_json, say_pairs
+    from lorakit.cli.output import check_free, say_json, say_pairs
     from lorakit.errors import ConfigError
     from lorakit.io.adapter_directory import read, write
 
+    check_free(out, overwrite)
     state, kind = read(adapter), dtype_called(dtype)
     if file_size is None:
         made = resize(state, rank, energy=energy, dense=dense, dtype=kind)

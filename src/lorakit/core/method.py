@@ -152,9 +152,37 @@ class WeightMethod(Method):
         """The parameters that run along the output rows: name to dimension, counted from the end.
 
         With these cut to some rows, `weight` gives those rows of the new weight from the same rows of the base: a large
-        weight can then be merged block by block. None when it cannot.
+        weight can then be merged block by block. None when it takes more than that, see `at_rows`.
         """
         return None
+
+    def at_rows(
+        self, shape: Shape, tensors: Tensors, start: int, stop: int
+    ) -> tuple[WeightMethod, Tensors] | None:
+        """The same change at the output rows from ``start`` to ``stop`` alone: a method and its tensors there.
+
+        Args:
+            shape: The facts of the whole target.
+            tensors: All that act there, the shared ones included.
+            start: The first row.
+            stop: The row after the last.
+
+        Returns:
+            By default what `along_rows` says; None when the rows cannot be told apart.
+        """
+        along = self.along_rows(shape)
+        if along is None:
+            return None
+        cut = {name: tensors[name].narrow(dim, start, stop - start) for name, dim in along.items()}
+        return self, {**tensors, **cut}
+
+    def sums_over_rows(self, target: Target, p: Tensors, W: Tensor) -> Tensors:
+        """What `weight` has to know of all rows, as sums over those that are given; for most methods nothing.
+
+        Of a weight that is merged block by block, the sums of all blocks are added up and stand among the parameters of
+        each.
+        """
+        return {}
 
     def fold(self, target: Target, p: Tensors, W: Tensor, base: Tensor, weight: float) -> Tensor:
         """``W + weight * (weight(base) - base)``: one step of a merge that started at ``W = base``."""

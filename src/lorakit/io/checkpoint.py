@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -35,7 +35,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._entries: dict[str, tuple[Path, int, Entry]] = {}
-        for file in _files(self.path):
+        files, named = _files(self.path)
+        for file in files:
             start, entries = read_header(file)
             for name, entry in entries.items():
                 if name in self._entries:
@@ -43,6 +44,11 @@ class Checkpoint(Mapping[str, Tensor]):
                         f"{self.path}: {name!r} is in {self._entries[name][0].name} and {file.name}."
                     )
                 self._entries[name] = file, start, entry
+        if unknown := [name for name in named if name not in self._entries]:
+            raise AdapterFileError(
+                f"{self.path}: the index names {listing(unknown, most=4)}, and no shard holds "
+                f"{'it' if len(unknown) == 1 else 'them'}: it belongs to other shards."
+            )
         folder = self.path if self.path.is_dir() else self.path.parent
         self.config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
@@ -87,9 +93,10 @@ class Checkpoint(Mapping[str, Tensor]):
         return self._entries[name][0].name
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> tuple[list[Path], Collection[str]]:
+    """The files of a checkpoint, and the names of tensors that they must hold by its index."""
     if path.is_file():
-        return [path]
+        return [path], ()
     if not path.is_dir():
         raise AdapterFileError(f"There is no checkpoint at {path}: no such file or folder.")
     indices = sorted(path.glob(f"*{_INDEX}"))
@@ -102,13 +109,13 @@ def _files(path: Path) -> list[Path]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise AdapterFileError(f"{path} lacks shards that {indices[0].name} names: {listing(missing)}.")
-        return files
+        return files, named
     found = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
     if not found:
         pickles = [p.name for p in (*path.glob("*.bin"), *path.glob("*.pt"))]
         hint = f" It has {listing(pickles)}: save it as safetensors first." if pickles else ""
         raise AdapterFileError(f"{path} holds no .safetensors file.{hint}")
-    return found
+    return found, ()
 
 
 def _json(path: Path) -> dict[str, object]:

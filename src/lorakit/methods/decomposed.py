@@ -74,6 +74,23 @@ class Decomposed(WeightMethod):
         inner, kept = self.inner.plain(shape, _without_magnitude(tensors))
         return self._around(inner), {**kept, "magnitude": tensors["magnitude"]}
 
+    def at_rows(
+        self, shape: Shape, tensors: Tensors, start: int, stop: int
+    ) -> tuple[Decomposed, Tensors] | None:
+        """That of the inner method, beside the magnitude."""
+        found = self.inner.at_rows(shape, _without_magnitude(tensors), start, stop)
+        if found is None:
+            return None
+        inner, cut = found
+        return self._around(inner), {
+            **cut,
+            "magnitude": self._magnitude_at(tensors["magnitude"], start, stop),
+        }
+
+    @abstractmethod
+    def _magnitude_at(self, magnitude: Tensor, start: int, stop: int) -> Tensor:
+        """The magnitude that belongs to some output rows."""
+
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
         """Those of the inner method."""
         return self.inner.shared_shapes()

@@ -10,7 +10,6 @@ frozen base are. Both live beside the model and not in it, see `lorakit.ops.reme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +87,9 @@ class DoRA(Decomposed):
         gain = p["magnitude"] / self.norms(target, p, W)
         return gain.unsqueeze(-1).to(W.dtype) * self.inner.weight(target, p, W)
 
-    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
-        """Those of the inner method, and the magnitude."""
-        inner = self.inner.along_rows(shape)
-        return None if inner is None else {**inner, "magnitude": -1}
+    def _magnitude_at(self, magnitude: Tensor, start: int, stop: int) -> Tensor:
+        """One number for each row."""
+        return magnitude[..., start:stop]
 
     def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
         """``(m / n) * (base + change) + (1 - m / n) * bias``: the bias is in the base output, and is not to be scaled.

@@ -19,6 +19,8 @@ from lorakit.core.target import Shape, Target
 from lorakit.methods.decomposed import Decomposed
 from lorakit.ops import own_precision
 
+_SQUARES = "squares over rows"  # no name of a parameter: it is never stored
+
 
 @register("dora_input")
 @dataclass(frozen=True)
@@ -39,10 +41,20 @@ class InputDoRA(Decomposed):
     def norms(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
         """``n = |W + delta|`` along each input channel, ``(*batch, channels)``; constant in the backward pass."""
         wide = torch.promote_types(W.dtype, torch.float32)
+        squares = p[_SQUARES] if _SQUARES in p else self.sums_over_rows(target, p, W)[_SQUARES]
+        least = torch.finfo(wide).tiny ** 0.5  # a column of zeros has no direction, and stays zero
+        return squares.sqrt().clamp_min(least)
+
+    def sums_over_rows(self, target: Target, p: Tensors, W: Tensor) -> Tensors:
+        """The squares of ``W + delta`` for each input channel, in at least float32."""
+        wide = torch.promote_types(W.dtype, torch.float32)
         with torch.no_grad(), own_precision(W):
             squares = self.inner.weight(target, p, W.to(wide)).square().sum(-2)
-        least = torch.finfo(wide).tiny ** 0.5  # a column of zeros has no direction, and stays zero
-        return squares.unflatten(-1, (target.shape.channels, -1)).sum(-1).sqrt().clamp_min(least)
+        return {_SQUARES: squares.unflatten(-1, (target.shape.channels, -1)).sum(-1)}
+
+    def _magnitude_at(self, magnitude: Tensor, start: int, stop: int) -> Tensor:
+        """All of it, for every row."""
+        return magnitude
 
     def weight(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
         """``(W + delta) diag(m / n)``, with one factor for all of a kernel's positions."""

@@ -5,6 +5,7 @@ Source: Yeh et al. 2023 (arXiv 2309.14859, LyCORIS).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -109,6 +110,19 @@ class LoKr(RankedMethod):
         """``s (W1 ⊗ W2)``, with the kernel's positions as further columns of ``W2``."""
         return kronecker(*self._scaled_pair(target, p))
 
+    def at_rows(self, shape: Shape, tensors: Tensors, start: int, stop: int) -> tuple[LoKr, Tensors]:
+        """The row of each factor that makes each of these rows: ``i // b`` of ``W1``, ``i % b`` of ``W2``."""
+        b = factorize(shape.out, self.factor, self.first)[1]
+        rows = torch.arange(start, stop, device=next(iter(tensors.values())).device)
+        cut = dict(tensors)
+        for name in tensors.keys() & {"lokr_w1", "lokr_w1_a"}:
+            cut[name] = tensors[name].index_select(-2, rows // b)
+        for name in tensors.keys() & {"lokr_w2", "lokr_w2_a"}:
+            dim = -1 if name == "lokr_w2_a" and "lokr_t2" in tensors else len(shape.batch)
+            cut[name] = tensors[name].index_select(dim, rows % b)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return _SomeRows(**fields), cut
+
     def add_to(
         self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, weight: float = 1.0, training: bool = False
     ) -> Tensor:
@@ -130,6 +144,16 @@ class LoKr(RankedMethod):
     def _scale(self, p: Tensors) -> float:
         both_full = "lokr_w1" in p and "lokr_w2" in p
         return 1.0 if self.scaling == "lycoris" and both_full else self.scale
+
+
+@dataclass(frozen=True)
+class _SomeRows(LoKr):
+    """Some rows of a Kronecker product: each the product of a row of one factor with a row of the other."""
+
+    def delta(self, target: Target, p: Tensors) -> Tensor:
+        """``s w1 ⊗ w2`` for each pair of rows."""
+        W1, W2 = self._scaled_pair(target, p)
+        return (W1.unsqueeze(-1) * W2.unsqueeze(-2)).flatten(-2)
 
 
 def factorize(size: int, factor: int = -1, first: str = "smaller") -> tuple[int, int]:

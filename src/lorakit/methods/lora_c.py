@@ -101,6 +101,14 @@ class LoRAC(RankedMethod):
         kernels = product.unflatten(-1, (shape.channels, columns)).unflatten(-3, (shape.out, rows))
         return kernels.transpose(-3, -2).flatten(-3)
 
+    def at_rows(self, shape: Shape, tensors: Tensors, start: int, stop: int) -> tuple[LoRAC, Tensors] | None:
+        """The rows of ``B`` that make these kernels; None for loralib's view of several groups, which mixes them."""
+        if self.reshape == "view" and shape.batch:
+            return None
+        rows = math.prod(_split(shape.kernel)[0])
+        B = tensors["lora_B"].narrow(-2, start * rows, (stop - start) * rows)
+        return self, {**tensors, "lora_B": B}
+
     def supports(self, target: Target) -> str | None:
         """Convolutions; for ``"view"`` those that loralib has."""
         kernel = target.shape.kernel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -16,9 +15,13 @@ def check_rank(r: Any, name: str = "r") -> None:
         raise ConfigError(f"The rank must be a whole number of at least 1; got {name}={r!r}.")
 
 
+_LARGEST = 3.4e38
+"""About the largest number of float32, in which scales are multiplied."""
+
+
 def check_alpha(alpha: Any) -> None:
-    """Raise `ConfigError` unless ``alpha`` is a finite number."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    """Raise `ConfigError` unless ``alpha`` is a finite number, which float32 can hold."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _LARGEST:
         raise ConfigError(f"alpha must be a finite number; got {alpha!r}.")
 
 

@@ -60,9 +60,13 @@ class TokenRows(WeightMethod):
             return W.index_copy(-1, self._index(W), rows.mT)
         return W.index_copy(-2, self._index(W), rows)
 
-    def along_rows(self, shape: Shape) -> Mapping[str, int] | None:
-        """The vectors of a table; in a head each token is an output row of its own."""
-        return {"rows": -1} if shape.lookup else None
+    def at_rows(self, shape: Shape, tensors: Tensors, start: int, stop: int) -> tuple[TokenRows, Tensors]:
+        """A part of each vector of a table; in a head, where each token is an output row, the tokens among these."""
+        rows = tensors["rows"]
+        if shape.lookup:
+            return self, {"rows": rows[:, start:stop]}
+        among = [place for place, token in enumerate(self.ids) if start <= token < stop]
+        return _SomeRows(tuple(self.ids[place] - start for place in among)), {"rows": rows[among]}
 
     def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
         """Only the affected places: looked-up tokens in an embedding, columns of the logits in a head."""
@@ -89,4 +93,12 @@ class TokenRows(WeightMethod):
         return None
 
     def _index(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.ids, device=like.device)
+        return torch.tensor(self.ids, dtype=torch.long, device=like.device)
+
+
+@dataclass(frozen=True)
+class _SomeRows(TokenRows):
+    """What is left of token rows in a part of a head: maybe none."""
+
+    def __post_init__(self) -> None:
+        """Nothing to check: they come from `TokenRows`."""

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from lorakit.folders import put_in_place
+
 MANIFEST = "lorakit-manifest.json"
 
 # Files up to this size are hashed on every use (milliseconds); of larger ones the quick check compares the size.
@@ -86,10 +88,11 @@ def building(target: Path, source: Mapping[str, str]) -> Iterator[Path]:
         model.mkdir()
         yield work
         write_manifest(model, source)
-        if target.exists() and find_damage(target, source) is not None:
-            target.rename(work / "damaged")
         try:
-            model.rename(target)
+            if target.exists() and find_damage(target, source) is not None:
+                put_in_place(model, target)
+            else:
+                model.rename(target)
         except OSError:
             if find_damage(target, source) is not None:
                 raise

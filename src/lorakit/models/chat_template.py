@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,32 @@ RENDERING_FILE = "rendering.json"
 
 # Words, digits, spaces, line breaks, several scripts and an emoji: tokenizers that differ at all differ here.
 _PROBE = "The 12,345 quick foxes\n\n\tsaid: déjà-vu?! 안녕하세요 мир 你好 🙂 if (x >= 0) { return f(x); }"
+
+
+@dataclass(frozen=True)
+class OwnTemplate:
+    """How the rows of an adapter's training were rendered.
+
+    Attributes:
+        text: The template; None for plain rendering.
+        tokens_sha256: Of the tokens that its tokenizer made of a fixed text.
+    """
+
+    text: str | None
+    tokens_sha256: str
+
+
+def own_template(folder: str | Path) -> OwnTemplate | None:
+    """The template that lies in an adapter's folder; None where its training left no word of one.
+
+    Raises:
+        AdapterFileError: The files are damaged, or the template was changed after training.
+    """
+    folder = Path(folder)
+    record = _read_record(folder)
+    if record is None:
+        return None
+    return OwnTemplate(_checked_template(folder, record), str(record.get("tokens_sha256")))
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -49,7 +76,7 @@ def rendering_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "format": 1,
         "template_sha256": None if text is None else _sha256(text),
-        "tokens_sha256": _tokens_sha256(tokenizer),
+        "tokens_sha256": tokens_sha256(tokenizer),
         "stop_id": stop,
         "stop_token": tokenizer.convert_ids_to_tokens(stop),
     }
@@ -82,17 +109,16 @@ def adapter_template(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
         AdapterMismatchError: The tokenizer is not the one that the adapter was trained with.
     """
     folder = Path(folder)
-    record = _read_record(folder)
-    if record is None:
+    own = own_template(folder)
+    if own is None:
         return template_text(tokenizer)
-    text = _checked_template(folder, record)
-    if _tokens_sha256(tokenizer) != record.get("tokens_sha256"):
+    if own.tokens_sha256 != tokens_sha256(tokenizer):
         raise AdapterMismatchError(
             f"The adapter {folder} was trained with another tokenizer: this one makes other tokens of the same text. "
             f"Load it on the base model that its adapter_config.json names; or, if you know that it fits, remove "
             f"{folder / RENDERING_FILE}."
         )
-    return text
+    return own.text
 
 
 def adopt_template(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -218,8 +244,8 @@ def _replace(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _tokens_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What identifies how a tokenizer cuts text."""
+def tokens_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What identifies how a tokenizer cuts text: SHA-256 of the tokens of a fixed one."""
     return _sha256(json.dumps(tokenizer(_PROBE, add_special_tokens=True)["input_ids"]))
 
 

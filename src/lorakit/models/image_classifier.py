@@ -143,6 +143,22 @@ def image_input(model: nn.Module) -> ImageInput:
     return ImageInput(size if isinstance(size, int) else None, channels, mean, std)
 
 
+def normalisation_file(found: ResolvedModel) -> Path | None:
+    """The file beside a model of transformers' that says how its images are normalised; None without one."""
+    if found.path is not None:
+        file = found.path / _SETTINGS
+        return file if file.is_file() else None
+    from transformers.utils import cached_file
+
+    fetched = cached_file(
+        found.location,
+        _SETTINGS,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if fetched is None else Path(fetched)
+
+
 def _normalisation(config: Any) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """From the file that transformers keeps beside a model."""
     path = Path(getattr(config, "_name_or_path", "") or ".", _SETTINGS)

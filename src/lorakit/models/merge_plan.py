@@ -152,6 +152,13 @@ class MergePlan:
         name = self._names.find(path)
         return None if name is None else self._source[name]
 
+    def _tied_to(self, place: _Place) -> list[str]:
+        """The paths of the parameter at a place, its own first: of those that are one, the checkpoint may name any."""
+        if place not in self._paths:
+            return []
+        uses = next(uses for uses in self._uses.values() if place in uses)
+        return [self._paths[place], *(self._paths[use] for use in uses if use != place)]
+
     def _added_to_biases(self) -> dict[_Place, Tensor]:
         """What changes of weights add to the biases of their layers."""
         added: dict[_Place, Tensor] = {}
@@ -159,7 +166,7 @@ class MergePlan:
             if parameter == "bias":
                 continue
             module, place = changes[0].target.module, (module_id, "bias")
-            stored = self._stored(self._paths[place]) if place in self._paths else None
+            stored = next((t for path in self._tied_to(place) if (t := self._stored(path)) is not None), None)
             if stored is not None:  # a change may be a multiple of it, so it has to be more than a size
                 module._parameters["bias"] = nn.Parameter(stored, requires_grad=False)
             name = self._names.find(self._paths[module_id, parameter])

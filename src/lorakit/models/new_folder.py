@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
-import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lorakit.errors import ConfigError
+from lorakit.folders import hidden_beside, left_beside, put_back, put_in_place
+
+_PART = ".part"
 
 
 @contextmanager
 def new_folder(out: Path, inputs: Sequence[Path], *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill, which becomes ``out`` when the block ends without an exception.
 
-    A process that is killed inside leaves the hidden folder, which the next call for the same ``out`` removes.
+    A process that is killed inside leaves the hidden folder, which the next call for the same ``out`` removes. What an
+    older folder goes through when it is replaced is told in `lorakit.folders`.
 
     Args:
         out: Must be new or empty, unless it is to be overwritten.
@@ -30,18 +30,23 @@ def new_folder(out: Path, inputs: Sequence[Path], *, overwrite: bool = False) ->
     """
     check_new(out, inputs, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    part = out.parent / f"{_prefix(out)}{os.getpid()}-{secrets.token_hex(4)}.part"
+    for left in left_beside(out, _PART):
+        shutil.rmtree(left, ignore_errors=True)
+    part = hidden_beside(out, _PART)
     part.mkdir()
     try:
         yield part
-        _replace(out, part)
+        put_in_place(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def check_new(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Raise `ConfigError` where ``out`` cannot become a new folder, see `new_folder`."""
+    """Raise `ConfigError` where ``out`` cannot become a new folder, see `new_folder`.
+
+    An older folder that a killed process had moved out of the way is put back first.
+    """
+    put_back(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ConfigError(
             f"{out} exists and is not empty: name another folder, or overwrite it (--overwrite)."
@@ -55,44 +60,3 @@ def check_new(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
             or (needed != Path.cwd() and place.is_relative_to(there))
         ):
             raise ConfigError(f"The merged model cannot go to {out}: {needed} is there. Name another folder.")
-
-
-def _replace(out: Path, new: Path) -> None:
-    """Put a finished folder in place of an older one, which is removed only when the new one is there."""
-    if not out.exists():
-        new.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    old = out.rename(aside / out.name)
-    try:
-        new.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _prefix(out: Path) -> str:
-    return f".{out.name}.{socket.gethostname()}-"
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Delete what killed processes of this machine left."""
-    for folder in out.parent.glob("*.part"):
-        mark = folder.name.removeprefix(_prefix(out))
-        pid = mark.partition("-")[0]
-        if mark != folder.name and pid.isdigit() and not _runs(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # there, os.kill would end the process
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorakit.errors import ModelError, listing, near_matches
+from lorakit.folders import old_beside, put_back
 from lorakit.models.builtin import BUILTINS, builtin_listing, model_folder
 
 ModelKind = Literal["folder", "builtin", "hub"]
@@ -59,12 +60,25 @@ def resolve(name: str | Path) -> ResolvedModel:
         family, architectures = _read_config(folder)
         return ResolvedModel(text, "builtin", str(folder), family, architectures, BUILTINS[text].licence)
     folder = Path(text).expanduser()
+    if text and not folder.exists():
+        _put_back(folder)
     if text and folder.is_dir():
         family, architectures = _read_config(folder)
         return ResolvedModel(text, "folder", str(folder), family, architectures)
     if isinstance(name, str) and _HUB_ID.fullmatch(text):
         return ResolvedModel(text, "hub", text)
     raise ModelError(_unknown(text, folder))
+
+
+def _put_back(folder: Path) -> None:
+    """Where a process was killed while it replaced this folder, the old one is it again."""
+    try:
+        put_back(folder)
+    except OSError as error:
+        raise ModelError(
+            f"{folder} was being replaced when a process was killed: the old folder is beside it, under a hidden name, "
+            f"and cannot be put back: {error}"
+        ) from error
 
 
 def _read_config(folder: Path) -> tuple[str | None, tuple[str, ...]]:
@@ -86,6 +100,11 @@ def _read_config(folder: Path) -> tuple[str | None, tuple[str, ...]]:
 def _unknown(text: str, folder: Path) -> str:
     if folder.is_file():
         return f"{text} is a file. Name the folder that holds config.json and the weights."
+    if text and (old := old_beside(folder)):
+        return (
+            f"There is no folder {text}. {listing(old)} may be what was there: a process was replacing it, on another "
+            "machine or still running. Rename it to what it was, or wait."
+        )
     return (
         f"There is no base model {text!r}: no folder of that name, no built-in model.{_nearest(text, folder)}\n"
         f"The built-in models are:\n{builtin_listing()}\n"

@@ -24,15 +24,19 @@ from lorakit.io.checkpoint_writer import shards, write_checkpoint
 from lorakit.io.model_outline import outline_of
 from lorakit.io.publish import DISK
 from lorakit.io.safetensors_file import pieces_of
+from lorakit.methods import FullFineTuning
 from lorakit.models.chat_template import carry_template
-from lorakit.models.load import DTYPES
+from lorakit.models.headed_source import HeadedSource, name_labels
+from lorakit.models.load import DTYPES, HEADED
 from lorakit.models.merge_plan import Job, MergePlan
 from lorakit.models.merge_source import MergeSource, merge_source
 from lorakit.models.new_folder import new_folder
+from lorakit.models.purpose import Purpose, common_purpose
 from lorakit.ops import all_finite
 from lorakit.plan.architectures import PlanTask, architecture
 
 _SHARD_BYTES = 5_000_000_000
+_LARGEST = 3.4e38  # of float32, about
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ def merge_checkpoint(
 ) -> MergedCheckpoint:
     """Merge adapters into a checkpoint without loading its model; the same bits as merging in memory gives.
 
-    Everything else of the base's folder that belongs to the model (config, tokenizer, licence) is carried along. The
-    folder appears whole or not at all.
+    Everything else of the base's folder that belongs to the model (config, tokenizer, licence) is carried along. An
+    adapter that was trained with a head gives a model with that head, whose config names the labels. The folder
+    appears whole or not at all.
 
     Args:
         base: A folder with safetensors, a built-in name, or a GGUF file of the Llama family.
@@ -106,12 +111,14 @@ def merge_checkpoint(
         out: Where to write; must be new or empty.
         weights: One for each adapter; 1 by default.
         dtype: Of the result: ``"auto"`` keeps that of each tensor.
-        task: What the model is for, where the adapters were made on another class than the config names.
+        task: What the model is for, where the adapters were made on another class than the config names, and do not
+            say so themselves.
         measure: Compute each merge in float64 too, to tell what rounding took: about half of the time.
         overwrite: Replace what is in ``out``.
 
     Raises:
-        ConfigError: ``out`` is in use, the numbers of adapters and weights differ, or a word is unknown.
+        ConfigError: ``out`` is in use, the numbers of adapters and weights differ, a word is unknown, or the adapters
+            are for different heads.
         ModelError: The base is no model that transformers knows.
         AdapterFileError: An adapter or the checkpoint cannot be read, or they do not belong together.
         MergeError: An adapter has no weight form or holds a NaN, or something cannot be merged without loading the
@@ -124,14 +131,22 @@ def merge_checkpoint(
         raise ConfigError(
             f"No dtype is called {dtype!r}.{near_matches(dtype, known)} Known: {', '.join(known)}."
         )
+    purpose = common_purpose(paths)
     source = merge_source(base)
     with new_folder(out, [source.path, *paths], overwrite=overwrite) as part, torch.no_grad():
         source.write_settings(part)
         carry_template(paths, part)
-        plan = MergePlan(source, architecture(part, task=task).model)
+        if purpose.labels is not None:
+            name_labels(part, purpose.labels, texts=purpose.kind == "sequence-classification")
+        model: Any = architecture(part, task=task or _class_of(purpose)).model
+        if purpose.headed:
+            source = HeadedSource(source, model)
+        plan = MergePlan(source, model)
         for path, weight in zip(paths, weights, strict=True):
             plan.add(str(path), _read(path, plan), weight)
         jobs, untied = plan.jobs()
+        if isinstance(source, HeadedSource):
+            source.check_brought(_replaced(jobs), weights)
         merging = _Merging(source, jobs, DTYPES.get(dtype), measure)
         size = write_checkpoint(part, merging.files(), merging.pieces)
         source.write_config(part, dtype=None if dtype == "auto" else dtype, untied=untied)
@@ -145,7 +160,7 @@ def weights_for(adapters: Sequence[str | Path], weights: Sequence[float] | None)
     """One weight for each adapter, 1 by default.
 
     Raises:
-        ConfigError: There are no adapters, or another number of weights.
+        ConfigError: There are no adapters, another number of weights, or a weight that is no finite number.
     """
     if not adapters:
         raise ConfigError("Name at least one adapter to merge.")
@@ -153,6 +168,10 @@ def weights_for(adapters: Sequence[str | Path], weights: Sequence[float] | None)
         return [1.0] * len(adapters)
     if len(weights) != len(adapters):
         raise ConfigError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each.")
+    if not all(abs(weight) <= _LARGEST for weight in weights):
+        raise ConfigError(
+            f"A weight of an adapter must be a finite number (of float32); got {list(weights)}."
+        )
     return list(weights)
 
 
@@ -168,12 +187,18 @@ def check_mergeable(path: str, state: AdapterState) -> None:
 def _read(path: Path, plan: MergePlan) -> AdapterState:
     state = read(path, outline=outline_of(plan.model))
     check_mergeable(str(path), state)
-    if state.spec.info.get("task") == "classification":
-        raise MergeError(
-            f"{path} was trained for classification: the labels and the head come from it, and the checkpoint has no "
-            "place for them. Merge it with the model loaded: lorakit merge MODEL ADAPTER."
-        )
     return state
+
+
+def _class_of(purpose: Purpose) -> PlanTask | None:
+    """The kind of model that the adapters were made on, where the config of a body would name another one."""
+    return purpose.kind if purpose.kind in (*HEADED, "feature-extraction") else None
+
+
+def _replaced(jobs: Mapping[str, Job]) -> list[str]:
+    """The tensors that are trained copies and not changes of what was there."""
+    whole = FullFineTuning
+    return [name for name, job in jobs.items() if any(isinstance(c.method, whole) for c in job.changes)]
 
 
 class _Merging:
@@ -219,8 +244,10 @@ class _Merging:
         exactly = out.dtype is not torch.float64
         change = error = largest = 0.0
         changes = [_arranged(one) for one in job.changes]
-        for block in blocks(stored, changes, job.added):
-            new = block.merged(stored, wide_dtype(stored.dtype))
+        wide = wide_dtype(stored.dtype)
+        dtypes = (wide, torch.float64) if self._measure and exactly else (wide,)
+        for block in blocks(stored, changes, job.added, dtypes=dtypes):
+            new = block.merged(stored, wide)
             if not self._measure:
                 block.view(out).copy_(new)
                 continue

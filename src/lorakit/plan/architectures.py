@@ -17,12 +17,21 @@ from torch import nn
 from lorakit.errors import ConfigError, MissingDependencyError, ModelError, listing, near_matches
 from lorakit.plan.table_model import TableModel, table_model
 
-PlanTask = Literal["causal-lm", "seq2seq", "sequence-classification", "feature-extraction"]
+PlanTask = Literal[
+    "causal-lm",
+    "seq2seq",
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
+    "feature-extraction",
+]
 
 _AUTO_CLASS = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
     "feature-extraction": "AutoModel",
 }
 ALIASES = {"smollm2": "smollm2-135m", "t0_3b": "t0-3b", "llama-2": "llama-2-7b", "llama-3": "llama-3-8b"}
