@@ -21,5 +21,15 @@ NAMES = (
     "qlora_memory",
 )
 
-STUDIES = ("serve_throughput", "train_throughput", "plan_memory", "trec")
+STUDIES = (
+    "serve_throughput",
+    "serve_shapes",
+    "serve_cold",
+    "serve_memory",
+    "serve_soak",
+    "train_throughput",
+    "train_ablation",
+    "plan_memory",
+    "trec",
+)
 """Run by hand: they take minutes, and data or memory of their own."""

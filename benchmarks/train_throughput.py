@@ -114,7 +114,7 @@ def child(side: str, name: str, steps: int, threads: int, out: Path, folder: Pat
             } | {"max_rows": {"train": ROWS * steps, "valid": 64}},
             "train": {
                 "max_steps": steps, "batch_rows": ROWS, "lr": LR, "schedule": "constant", "warmup": 0, "seed": SEED,
-                "max_length": LENGTH,
+                "max_length": LENGTH, "log_every": 1,
             },
             "output": str(folder / "run"),
         }

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_file_is_run() -> None:
-    others = {"__init__", "harness", "machine", "subjects", "table", "run_all"}
+    others = {"__init__", "harness", "machine", "subjects", "table", "plots", "run_all"}
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - others == {*NAMES, *STUDIES}
 
 

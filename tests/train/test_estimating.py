@@ -11,7 +11,8 @@ import pytest
 
 from lorakit.errors import ModelError
 from lorakit.train import Recipe, train
-from lorakit.train.estimating import advice, estimate, live_architecture, task_plan, terms
+from lorakit.train.estimating import advice, estimate, live_architecture, terms
+from lorakit.train.task_plan import task_plan
 from lorakit.train.tasks import task_of
 
 MakeRecipe = Callable[..., Recipe]
@@ -99,3 +100,40 @@ def test_a_loaded_model_is_planned_like_its_config(recipe: MakeRecipe) -> None:
     again = task_plan(task_of(made), live_architecture(result.model), found.shape)
     assert again.training == found.plan.training
     assert json.dumps(found.plain())
+
+
+def test_all_adapters_of_one_pass_are_planned(recipe: MakeRecipe, tmp_path: Path) -> None:
+    data = {"train": str(tmp_path / "train.jsonl")}
+    single = recipe(epochs=1, max_steps=None, batch_rows=3)
+    plain = {key: value for key, value in single.plain().items() if key not in ("adapter", "data")}
+    plain["train"] = {key: value for key, value in plain["train"].items() if value is not None}
+    big = {"name": "big", "r": 8, "targets": "all-linear", "data": data}
+    small = {"name": "small", "r": 2, "targets": r".*layers\.1\..*_proj", "data": data}
+    made = Recipe.from_mapping({**plain, "adapters": [big, small]})
+    found, result = estimate(made), train(made)
+    trainable = {name: counts.trainable for name, counts in found.adapters.items()}
+    assert trainable == {name: report.trainable for name, report in result.reports.items()}
+    assert found.plan.counts.trainable == sum(trainable.values())
+    assert (found.shape.rows, found.shape.shares) == (6, (3, 3))
+    assert found.shape.steps == result.steps
+    training = found.plan.training
+    assert training is not None
+    assert training.adapter == training.gradients == 4 * sum(trainable.values())
+    alone = [
+        estimate(Recipe.from_mapping({**plain, "adapters": [one]})).plan.training for one in (big, small)
+    ]
+    assert all(one is not None and training.activations > one.activations for one in alone)
+    assert found.plain()["adapters"]["small"]["trainable"] == trainable["small"]
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_the_cache_of_the_frozen_part_is_told(recipe: MakeRecipe, where: str) -> None:
+    upper = {"adapter": {"r": 4, "targets": r".*layers\.1\..*_proj"}}
+    plain = estimate(recipe(sections=upper, epochs=4, max_steps=None))
+    found = estimate(recipe(sections=upper, epochs=4, max_steps=None, cache_frozen=where))
+    assert plain.frozen_cache is None
+    assert plain.shape.distinct is not None
+    assert plain.shape.tokens == 4 * plain.shape.distinct
+    assert found.frozen_cache == plain.shape.distinct * 32 * 4
+    if plain.seconds is not None and found.seconds is not None:
+        assert 0 < found.seconds < plain.seconds

@@ -19,6 +19,21 @@ def made(**sections: Any) -> Recipe:
 
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     (
+        "cache of a task with two texts",
+        {"task": "dpo", "train": {"cache_frozen": "memory"}},
+        r"rows of one text, task: causal-lm.*with task: dpo leave it out",
+    ),
+    (
+        "cache and compiler",
+        {"train": {"cache_frozen": "disk", "compile": True}},
+        r"choose one of them\. The cache",
+    ),
+    (
+        "compiler and checkpoints",
+        {"train": {"compile": True, "activation_checkpointing": True}},
+        r"train\.activation_checkpointing runs again",
+    ),
+    (
         "warmup",
         {"train": {"warmup": 20, "max_steps": 10}},
         r"would never reach train\.lr: make the warm-up shorter",
@@ -84,3 +99,9 @@ def test_all_broken_rules_are_told_at_once() -> None:
 def test_the_models_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"output is the model's own folder.*name another"):
         made(model=str(tmp_path), output=str(tmp_path))
+
+
+def test_compiled_blocks_know_one_route() -> None:
+    adapters = [{"name": name, "data": VALID} for name in "ab"]
+    with pytest.raises(RecipeError, match=r"train\.compile would compile every block anew for each mix"):
+        Recipe.from_mapping({"model": "m", "adapters": adapters, "train": {"compile": True}, "output": "/o"})

@@ -79,3 +79,55 @@ def test_trackio_has_the_run(recipe: MakeRecipe, tmp_path: Path) -> None:
     losses = [line["train/loss"] for line in told if "train/loss" in line]
     lines = read_metrics(made.output / "metrics.jsonl")
     assert losses == pytest.approx([line["loss"] for line in lines])
+
+
+TWO_RUNS = """
+    import json, sys
+    from lorakit.train import Recipe, train
+    for number in ("0", "1"):
+        plan = json.load(open(sys.argv[1]))
+        plan["train"]["seed"] = int(number)
+        plan["output"] += number
+        train(Recipe.from_mapping(plan))
+"""
+
+
+def two_runs(
+    recipe: MakeRecipe, tmp_path: Path, tracker: str, **environment: str
+) -> list[list[dict[str, object]]]:
+    """Train twice in one process, and return the lines of both runs' ``metrics.jsonl``."""
+    made = recipe(report_to=[tracker], log_every=2)
+    (tmp_path / "plan.json").write_text(json.dumps(made.plain()), encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TWO_RUNS), str(tmp_path / "plan.json")],
+        check=True,
+        env={**os.environ, **environment},
+        capture_output=True,
+    )
+    return [read_metrics(Path(f"{made.output}{number}") / "metrics.jsonl") for number in "01"]
+
+
+@pytest.mark.slow
+def test_each_run_is_a_run_of_its_own_in_wandb(recipe: MakeRecipe, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    lines = two_runs(recipe, tmp_path, "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+    assert len(files) == 2
+    for file, own, other in zip(files, lines, reversed(lines), strict=True):
+        told = file.read_bytes()
+        assert b"train/loss" in told
+        assert all(repr(line["loss"]).encode() in told for line in own)
+        assert not any(repr(line["loss"]).encode() in told for line in other)
+
+
+@pytest.mark.slow
+def test_each_run_is_a_run_of_its_own_in_mlflow(recipe: MakeRecipe, tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    lines = two_runs(recipe, tmp_path, "mlflow", MLFLOW_TRACKING_URI=store)
+    client = mlflow.MlflowClient(store)
+    runs = client.search_runs(["0"], order_by=["start_time"])
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    for run, own in zip(runs, lines, strict=True):
+        told = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "loss")]
+        assert told == [(line["step"], pytest.approx(line["loss"])) for line in own if "loss" in line]

@@ -169,7 +169,7 @@ class Rehearsal:
     ) -> None:
         self.model, self.device, self.dtype = model.to(dtype), device, dtype
         if counts is not None:
-            attach(model, _empty_state(counts), name="planned", dtype=adapter_dtype, trainable=True)
+            attach(model, empty_state(counts), name="planned", dtype=adapter_dtype, trainable=True)
 
     def close(self) -> None:
         """Take the adapter off again."""
@@ -275,7 +275,7 @@ def _loss(out: Any) -> Tensor:
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum")
 
 
-def _empty_state(counts: Counts) -> AdapterState:
+def empty_state(counts: Counts) -> AdapterState:
     """The adapter with sizes and no numbers."""
     methods = {path: _without_dropout(method) for path, method in counts.spec.methods.items()}
     spec = dataclasses.replace(counts.spec, methods=methods)

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorakit.plan.architectures import Architecture
 from lorakit.plan.counting import Counts
 from lorakit.plan.plan import Run, rehearse, train_step
+from lorakit.plan.rehearsal import Rehearsal
 
 
 def training_flops(base: Architecture, counts: Counts, run: Run) -> int:
@@ -17,8 +18,13 @@ def training_flops(base: Architecture, counts: Counts, run: Run) -> int:
     """
     rehearsal = rehearse(base, counts, run)
     try:
-        with FlopCounterMode(display=False) as counter:
-            train_step(rehearsal, run)
+        return step_flops(rehearsal, run)
     finally:
         rehearsal.close()
+
+
+def step_flops(rehearsal: Rehearsal, run: Run) -> int:
+    """The same of a rehearsal that is ready."""
+    with FlopCounterMode(display=False) as counter:
+        train_step(rehearsal, run)
     return int(counter.get_total_flops())

@@ -217,14 +217,10 @@ def _lengths(task: Task, base: Architecture, rows: Sequence[Any]) -> str:
 
 def _adapter(task: Task, base: Architecture, rows: Any) -> str:
     from lorakit.train import estimating
+    from lorakit.train.task_plan import task_plan
 
-    settings = task.recipe.train
-    if rows is not None:
-        shape = estimating.shape_of(task, rows.rows)
-    else:
-        length = min(settings.max_length, estimating.LONGEST_GUESS)
-        shape = estimating.Shape(settings.batch_rows or 1, length, estimating.may_pack(task.recipe))
-    planned = estimating.task_plan(task, base, shape)
+    shape = estimating.guessed_shape(task) if rows is None else estimating.shape_of(task, rows.rows)
+    planned = task_plan(task, base, shape)
     counts = planned.counts
     words = f"{len(counts.sites)} targets, {counts.trainable:,} parameters to train"
     if planned.training is None:

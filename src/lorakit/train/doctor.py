@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from lorakit.cache import cache_folder
 from lorakit.models.fastest_dtype import MatmulRates, matmul_rates
 from lorakit.ops.native.load import status
+from lorakit.train.free_space import free_disk, memory
 from lorakit.train.run_files import machine, version_of, versions
 
 LIBRARIES: Mapping[str, str] = {
@@ -135,11 +134,11 @@ def examine(*, again: bool = False) -> Examination:
         cores=cores,
         threads=torch.get_num_threads(),
         isa=(torch.backends.cpu.get_cpu_capability(), _flags()),
-        memory=_memory(),
+        memory=memory(),
         gpus=gpus,
         rates=rates,
         kernels=str(kernels),
-        cache=(str(place), _free_disk(place)),
+        cache=(str(place), free_disk(place)),
         versions=versions(),
         libraries={name: version_of(name) for name in LIBRARIES},
         advice=tuple(advice(rates, cores, torch.get_num_threads(), kernels.state, bool(gpus))),
@@ -203,24 +202,6 @@ def _flags() -> tuple[str, ...]:
         (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), []
     )
     return tuple(flag for flag in _FLAGS if flag in has)
-
-
-def _memory() -> tuple[int, int]:
-    """All of it and what is free, in bytes."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
-        return found["MemTotal"], found["MemAvailable"]
-    except (OSError, KeyError, ValueError, IndexError):
-        pass
-    if platform.system() != "Windows" and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
-    return 0, 0
-
-
-def _free_disk(folder: Path) -> int:
-    there = next((path for path in (folder, *folder.parents) if path.is_dir()), None)
-    return 0 if there is None else shutil.disk_usage(there).free
 
 
 def _gigabytes(size: int) -> str:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.core import Method
 from lorakit.errors import LorakitError, ModelError
 from lorakit.models import BUILTINS, cache_folder, load_tokenizer
-from lorakit.models.fastest_dtype import fastest_dtype, matmul_rates
-from lorakit.plan import Architecture, Plan, Run, architecture, architectures, plan
+from lorakit.models.fastest_dtype import matmul_rates
+from lorakit.plan import Architecture, Plan, architecture, architectures
 from lorakit.plan.architectures import ALIASES, PlanTask
-from lorakit.plan.rehearsal import Device
-from lorakit.plan.work import training_flops
+from lorakit.plan.counting import Counts
+from lorakit.plan.memory import dtype_called
+from lorakit.train.frozen_part import block_lists, lowest_block
 from lorakit.train.recipe import Recipe
 from lorakit.train.task import Task
+from lorakit.train.task_plan import Shape, adapters_of, step_flops, task_plan
 from lorakit.train.tasks import task_of
 
 if TYPE_CHECKING:
@@ -36,29 +37,6 @@ LONGEST_GUESS = 512
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The largest batch of a run, and the whole of it.
-
-    Attributes:
-        rows: Rows of the largest batch.
-        length: Tokens of each of its rows; the mean of them where they are packed.
-        packed: Whether they lie end to end.
-        learnt: The share of its positions whose logits the loss needs.
-        tokens: Tokens of all batches of the run; None where the data was not read.
-        steps: Optimizer steps; None likewise.
-        measured: Whether this comes from the data and not from the recipe alone.
-    """
-
-    rows: int
-    length: int
-    packed: bool
-    learnt: float = 1.0
-    tokens: int | None = None
-    steps: int | None = None
-    measured: bool = False
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What a recipe will cost.
 
@@ -69,6 +47,8 @@ class Estimate:
         seconds: The least time that the run can take at the measured speed of this machine's matrix products; None
             where that is not known.
         why: Why the data was not read, or the time is not known; empty where all is known.
+        adapters: What each of several adapters holds, by its name; empty for one adapter.
+        frozen_cache: Bytes that ``train.cache_frozen`` keeps; None where it is not asked for, or not known.
     """
 
     plan: Plan
@@ -76,6 +56,8 @@ class Estimate:
     flops: float | None
     seconds: float | None
     why: tuple[str, ...] = ()
+    adapters: Mapping[str, Counts] = field(default_factory=dict)
+    frozen_cache: int | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -86,6 +68,11 @@ class Estimate:
             "largest": None if training is None else [list(term) for term in terms(self.plan)],
             "flops_per_token": self.flops,
             "at_least_seconds": self.seconds,
+            "adapters": {
+                name: {"trainable": counts.trainable, "stored": counts.stored}
+                for name, counts in self.adapters.items()
+            },
+            "frozen_cache_bytes": self.frozen_cache,
             "not_known": list(self.why),
         }
 
@@ -102,52 +89,46 @@ def estimate(recipe: Recipe) -> Estimate:
     config = config_of(recipe)
     shape, why = _shape(task, config)
     base = architecture_of(task, config)
-    if len(task.parts) > 1:
-        why = (*why, f"the {len(task.parts)} adapters together: the first one is planned for")
     planned = task_plan(task, base, shape)
+    run = planned.run
     flops = None
     if planned.training is not None:
-        flops = training_flops(base, planned.counts, planned.run) / (planned.run.batch * planned.run.length)
+        flops = step_flops(task, base, planned, shape) / (run.batch * run.length)
+    cached, spared = _frozen_part(task, base, planned, shape)
     seconds = None
-    if planned.run.device == "cuda" and not torch.cuda.is_available():
+    if run.device == "cuda" and not torch.cuda.is_available():
         why = (*why, "the time: there is no GPU here to measure")
     elif flops is not None and shape.tokens is not None:
-        rates = matmul_rates(planned.run.device)
-        rate = rates.bfloat16 if planned.run.base_dtype == "bfloat16" else rates.float32
-        seconds = flops * shape.tokens / rate if rate else None
-    return Estimate(planned, shape, flops, seconds, why)
+        rates = matmul_rates(run.device)
+        rate = rates.bfloat16 if run.base_dtype == "bfloat16" else rates.float32
+        seconds = (flops * shape.tokens - spared) / rate if rate else None
+    adapters = adapters_of(task, base) if len(task.parts) > 1 else {}
+    return Estimate(planned, shape, flops, seconds, why, adapters, cached)
 
 
-def task_plan(task: Task, base: Architecture, shape: Shape) -> Plan:
-    """The planner's answer for a run on a model.
+def _frozen_part(task: Task, base: Architecture, planned: Plan, shape: Shape) -> tuple[int | None, int]:
+    """The bytes of ``train.cache_frozen``, and the floating-point operations that it spares.
 
-    Args:
-        task: Of the recipe; what its model's head is trained for is counted where its labels are known.
-        base: The model on the meta device.
-        shape: Of the largest batch.
+    Of these only the products with the weights of the frozen blocks are counted, so that the time stays a least time.
     """
-    recipe = task.parts[0].recipe
-    section, settings = recipe.adapter, recipe.train
-    device: Device = "cuda" if _device(recipe).type == "cuda" else "cpu"
-    run = Run(
-        batch=shape.rows,
-        length=shape.length,
-        device=device,
-        dtype=_dtype(recipe, device),
-        storage=recipe.model.quantize or "dense",
-        checkpointing=settings.activation_checkpointing,
-        packing=shape.packed,
-        learnt=shape.learnt,
-        accumulation=settings.accumulation,
-    )
-    method: Method | Mapping[Any, Method] = section.adapter()
-    targets = section.targets
-    try:
-        task.parts[0].accept(base.model)
-        method, targets = task.parts[0].adapter(base.model)
-    except (LorakitError, AttributeError):
-        pass  # a head whose labels are not known yet: the body's adapter is what counts
-    return plan(base, method, targets, exclude=section.exclude, run=run)
+    text = getattr(base.model, "config", None)
+    if (
+        task.recipe.train.cache_frozen == "none"
+        or shape.distinct is None
+        or shape.tokens is None
+        or text is None
+    ):
+        return None, 0
+    width = text.get_text_config().hidden_size
+    paths = [site.path for site in planned.counts.sites]
+    spared = 0
+    for path, blocks in block_lists(base.model).items():
+        lowest = lowest_block(path, paths, len(blocks))
+        if lowest < len(blocks):
+            frozen = [p.numel() for block in blocks[:lowest] for p in block.parameters() if p.dim() == 2]
+            spared = 2 * sum(frozen) * max(0, shape.tokens - shape.distinct)
+    size = torch.empty((), dtype=dtype_called(planned.run.base_dtype)).element_size()
+    return shape.distinct * width * size, spared
 
 
 def terms(planned: Plan) -> list[tuple[str, int]]:
@@ -190,15 +171,22 @@ def architecture_of(task: Task, config: str | Path) -> Architecture:
 
 def _shape(task: Task, config: str | Path) -> tuple[Shape, tuple[str, ...]]:
     """The largest batch, from the data where the tokenizer is at hand, else from the recipe."""
-    recipe, settings = task.recipe, task.recipe.train
     try:
-        return shape_of(task, task.rows(load_tokenizer(_tokenizer_of(recipe)), "train").rows), ()
+        return shape_of(task, task.rows(load_tokenizer(_tokenizer_of(task.recipe)), "train").rows), ()
     except (LorakitError, OSError) as error:
         reason = str(error).splitlines()[0]
+    shape = guessed_shape(task)
+    why = f"the rows, so {shape.rows} of {shape.length} tokens are taken for a batch: {reason}"
+    return shape, (why,)
+
+
+def guessed_shape(task: Task) -> Shape:
+    """The largest batch as the recipe alone lets one think of it."""
+    settings, parts = task.recipe.train, len(task.parts)
     length = min(settings.max_length, LONGEST_GUESS)
     count = settings.batch_rows or max(1, (settings.batch_tokens or 16 * length) // length)
-    why = f"the rows, so {count} of {length} tokens are taken for a batch: {reason}"
-    return Shape(count, length, may_pack(recipe)), (why,)
+    shares = (count,) * parts if parts > 1 else ()
+    return Shape(count * parts, length, may_pack(task.recipe), shares=shares)
 
 
 def may_pack(recipe: Recipe) -> bool:
@@ -232,7 +220,16 @@ def batch_shape(
         tokens=sum(cost(batch) for batch in batches),
         steps=-(-len(batches) // accumulation),
         measured=True,
+        shares=_shares([rows[i] for i in largest], rows),
+        distinct=sum(rows[i].length for i in {i for batch in batches for i in batch}),
     )
+
+
+def _shares(batch: Sequence[Any], rows: Sequence[Any]) -> tuple[int, ...]:
+    """How many rows of a batch each of several adapters learns from; empty where there is one."""
+    if not hasattr(batch[0], "owner"):
+        return ()
+    return tuple(sum(row.owner == i for row in batch) for i in range(1 + max(row.owner for row in rows)))
 
 
 def _tokenizer_of(recipe: Recipe) -> Path:
@@ -266,19 +263,6 @@ def _cached(recipe: Recipe, file: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
-
-
-def _device(recipe: Recipe) -> torch.device:
-    if recipe.model.device is not None:
-        return torch.device(recipe.model.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype(recipe: Recipe, device: str) -> str:
-    asked = recipe.model.dtype
-    if asked == "fastest":
-        return str(fastest_dtype(device)).removeprefix("torch.")
-    return "" if asked == "auto" else asked
 
 
 def advice(planned: Plan) -> list[str]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import AdapterFileError, ConfigError, MergeError, listing, near_matches
+from lorakit.errors import AdapterFileError, ConfigError, MergeError, ModelError, listing, near_matches
 from lorakit.io import read
 from lorakit.io.formats import FORMATS, Hints, convert
 from lorakit.io.formats.gguf import model_facts
 from lorakit.models.chat_template import copy_template
-from lorakit.train.run_files import read_run
+from lorakit.train.run_adapter import find_adapter
 
 MERGED = "merged"
 _FOLDERS = ("peft", "native")
@@ -29,8 +29,8 @@ class Exported:
         path: Where it is: a folder for a merged model, ``peft`` and ``native``, else a file.
         bytes: Its size.
         base: The base model, where it was needed.
-        difference: Of a model that was merged in memory: the largest difference of a logit to base and adapter side
-            by side.
+        difference: Of a model that was merged in memory: the largest difference of an output (a logit, or an entry of
+            the last hidden states) to base and adapter side by side.
         rounding: Of a model that was merged tensor by tensor: what rounding took, as a share of the norm of the change.
         losses: What the format cannot say.
     """
@@ -63,7 +63,7 @@ def export(
     """Export an adapter.
 
     Args:
-        folder: A run's output folder, or an adapter's.
+        folder: A run's output folder, or an adapter's; of a run with several adapters the folder of one of them.
         to: ``"merged"``, ``"peft"``, ``"native"``, or a name in `lorakit.io.formats.FORMATS`.
         out: Where to; by default beside the adapter, named after the format.
         which: Of a run: ``"last"`` or ``"best"``.
@@ -98,37 +98,6 @@ def export(
     return Exported(adapter, to, done.path, done.bytes, named, losses=tuple(done.losses))
 
 
-def find_adapter(folder: Path, which: str = "last") -> tuple[Path, str | None]:
-    """The adapter's folder in a run's folder (or that folder itself), and the base that the record names.
-
-    Raises:
-        ConfigError: There is none: what is there.
-    """
-    if which not in ("last", "best"):
-        raise ConfigError(f"--which is last or best; got {which!r}.")
-    run = read_run(folder) if folder.is_dir() else None
-    if run is None:
-        if which == "best":
-            raise ConfigError(
-                f"{folder} is no run's folder (it has no run.json), so it has no best adapter apart."
-            )
-        return folder, read(folder).spec.base
-    name = {"last": "adapter", "best": "best"}[which]
-    adapter = folder / name
-    if not adapter.is_dir():
-        there = [entry.name for entry in folder.iterdir() if entry.is_dir()]
-        hint = (
-            "train with train.eval_every and a valid split to keep the best one"
-            if which == "best"
-            else "the run has not ended; go on with lorakit resume"
-        )
-        raise ConfigError(
-            f"{folder} holds no {name}/ ({hint}). It holds: {listing(sorted(there)) or 'nothing'}."
-        )
-    section = run.get("recipe", {}).get("model", {})
-    return adapter, section.get("name") if isinstance(section, dict) else None
-
-
 def _needed(base: str | None, adapter: Path) -> str:
     if base is None:
         raise ConfigError(f"{adapter} does not name its base model: say it with --model.")
@@ -150,17 +119,24 @@ def _config_folder(base: str) -> Path:
 
 
 def _merged(adapter: Path, out: Path, base: str, dtype: str, *, overwrite: bool) -> Exported:
-    """One tensor at a time where that can be done; with the model loaded for classifiers, hub ids, and the like."""
-    from lorakit.models import resolve
+    """One tensor at a time where that can be done; with the model loaded for hub ids, ResNets, and the like."""
+    from lorakit.models.image_classifier import find_image_model
     from lorakit.models.streaming_merge import merge_checkpoint
     from lorakit.train.merging import merge_to_folder
 
-    if (
-        resolve(base).path is not None and "task" not in read(adapter).spec.info
-    ):  # a task brings a head of its own
+    try:
+        found = find_image_model(base)
+    except ModelError as error:
+        if read(adapter).spec.info.get("task") != "image-classification":
+            raise
+        raise ConfigError(
+            f"{str(error).splitlines()[0]} Say where it is with --model. A network of your own is merged in Python: "
+            f'lk.load(network, "{adapter}") and then lk.merge(network, permanent=True).'
+        ) from error
+    if not isinstance(found, str) and found.path is not None:
         try:
             streamed = merge_checkpoint(base, [adapter], out, dtype=dtype, overwrite=overwrite)
-        except (MergeError, AdapterFileError):
+        except (MergeError, AdapterFileError, ModelError):
             pass  # what has no place in the checkpoint may have one in the model
         else:
             return Exported(adapter, MERGED, streamed.folder, streamed.bytes, base, rounding=streamed.error)

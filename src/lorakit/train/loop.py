@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -23,6 +23,7 @@ from lorakit.attach.attach import state_of
 from lorakit.attach.attachments import attachments_of
 from lorakit.errors import TrainingError
 from lorakit.io.adapter_directory import read, write
+from lorakit.train.around_batches import Around
 from lorakit.train.bad_batch import RECORD, write_bad_batch
 from lorakit.train.batches import PlannedBatches
 from lorakit.train.collate import Collator
@@ -62,10 +63,11 @@ class AdapterTrainer(Trainer):
         reporting: Reporting,
         processes: Processes,
         world: World,
+        around: Around | None = None,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=collator)
         without_wrapper(self)
-        self.world = world
+        self.world, self.around = world, around
         self.rows, self.rounds, self.collator, self.learners = rows, rounds, collator, tuple(learners)
         self.objective, self.settings = objective, settings
         self.reporting, self.processes = reporting, processes
@@ -151,7 +153,7 @@ class AdapterTrainer(Trainer):
         """One forward and backward pass."""
         base = self.accelerator.unwrap_model(model)
         # Around backward too, where activation checkpointing runs the layers again.
-        with packed(base) if "cu_seq_lens_q" in inputs else nullcontext():
+        with packed(base) if "cu_seq_lens_q" in inputs else nullcontext(), self._around_batch():
             loss = super().training_step(model, inputs, num_items_in_batch)
         read, learnt = self.objective.read(inputs), int(torch.as_tensor(self.objective.count(inputs)).sum())
         counted = [0, 0] if self._idles(self._done_in_step) else [read, learnt]
@@ -166,6 +168,13 @@ class AdapterTrainer(Trainer):
                 parameter for group in self.optimizer.param_groups for parameter in group["params"]
             )
         return loss
+
+    def _around_batch(self) -> AbstractContextManager[None]:
+        """What the batch in hand is run in."""
+        if self.around is None:
+            return nullcontext()
+        number = self.state.global_step * self.args.gradient_accumulation_steps + self._done_in_step
+        return self.around(self._own(self.rounds[number]))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the whole gradient; one that is not finite stops the run before it reaches the adapter."""

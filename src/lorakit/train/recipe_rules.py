@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Rule = Callable[["Recipe"], "str | None"]
 
 _MEASURED_STARTS = ("eva", "lora_ga")
+_ONE_TEXT_A_ROW = ("causal-lm", "classification", "regression", "token-classification")
 _WITH_A_HEAD = ("classification", "regression", "token-classification", "image-classification")
 
 
@@ -138,6 +139,42 @@ def _output_apart_from_the_model(recipe: Recipe) -> str | None:
     return f"output is the model's own folder, {recipe.output}: name another, such as runs/{model.name}."
 
 
+def _frozen_cache_knows_the_task(recipe: Recipe) -> str | None:
+    if recipe.train.cache_frozen == "none" or recipe.task in _ONE_TEXT_A_ROW:
+        return None
+    return (
+        f"train.cache_frozen is for rows of one text, task: {listing(_ONE_TEXT_A_ROW)}; with task: {recipe.task} leave "
+        "it out."
+    )
+
+
+def _the_compiler_knows_one_route(recipe: Recipe) -> str | None:
+    if not recipe.train.compile or recipe.adapters is None:
+        return None
+    return (
+        "train.compile would compile every block anew for each mix of adapters in a batch: train the adapters one by "
+        "one, or leave it out."
+    )
+
+
+def _the_compiler_does_not_checkpoint(recipe: Recipe) -> str | None:
+    if not recipe.train.compile or not recipe.train.activation_checkpointing:
+        return None
+    return (
+        "train.compile cannot compile what train.activation_checkpointing runs again with the adapters of that step: "
+        "choose one of them."
+    )
+
+
+def _one_of_cache_and_compiler(recipe: Recipe) -> str | None:
+    if recipe.train.cache_frozen == "none" or not recipe.train.compile:
+        return None
+    return (
+        "train.cache_frozen puts other forwards in place of the lower blocks', and train.compile has compiled those: "
+        "choose one of them. The cache saves more."
+    )
+
+
 def _start(method: Method) -> str | None:
     init = getattr(getattr(method, "inner", method), "init", None)
     return init if isinstance(init, str) else None
@@ -154,4 +191,8 @@ RULES: tuple[Rule, ...] = (
     _start_batches_need_a_measured_start,
     _fast_roles_exist,
     _output_apart_from_the_model,
+    _frozen_cache_knows_the_task,
+    _the_compiler_knows_one_route,
+    _the_compiler_does_not_checkpoint,
+    _one_of_cache_and_compiler,
 )

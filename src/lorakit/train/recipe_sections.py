@@ -224,6 +224,20 @@ class TrainSection(Section):
     activation_checkpointing: bool = Field(
         default=False, description="Less memory for about half as much time again."
     )
+    fused: bool = Field(
+        default=True,
+        description="Run norms, gates and attention of decoders like Llama by compiled code that is faster and keeps "
+        "less, where it is built and gives the same.",
+    )
+    cache_frozen: Literal["none", "memory", "disk"] = Field(
+        default="none",
+        description="Where only upper blocks are adapted: run the blocks below them once for each row, and keep what "
+        "they give in `memory` or in a file on `disk`. The losses are the same.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the model's blocks with `torch.compile`: the first steps take minutes, the others less.",
+    )
     report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(
         default_factory=list,
         description="Trackers that are told what `metrics.jsonl` is told; each is a package of its own.",

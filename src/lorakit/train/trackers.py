@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,47 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorakit.train.tracker_packages import check_installed
 
 Tell = Callable[[Mapping[str, Any], TrainingArguments, TrainerState, TrainerControl], None]
+
+
+@contextmanager
+def tracking(names: Sequence[str], folder: Path) -> Iterator[list[TrainerCallback]]:
+    """`trackers` inside a ``with`` block, whose end is the end of the runs that were begun in it.
+
+    transformers leaves a run of Weights & Biases open, and the next one of this process would go on in it. A run that
+    the caller has begun stays the caller's.
+
+    Raises:
+        MissingDependencyError: A tracker is not installed.
+    """
+    made = trackers(names, folder)
+    ends = [end for name in names if (end := _end_of(name)) is not None]
+    failed = True
+    try:
+        yield made
+        failed = False
+    finally:
+        for end in ends:
+            end(failed)
+
+
+def _end_of(name: str) -> Callable[[bool], None] | None:
+    """What ends a tracker's run, told whether it failed; None where it ends by itself, or has begun already."""
+    if name not in ("wandb", "mlflow"):
+        return None
+    library = import_module(name)
+
+    def running() -> Any:
+        return library.run if name == "wandb" else library.active_run()
+
+    def end(failed: bool) -> None:
+        if running() is None:
+            return
+        if name == "wandb":
+            library.finish(exit_code=int(failed))
+        else:
+            library.end_run("FAILED" if failed else "FINISHED")
+
+    return end if running() is None else None
 
 
 def trackers(names: Sequence[str], folder: Path) -> list[TrainerCallback]:

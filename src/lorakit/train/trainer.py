@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lorakit.attach import detach
 from lorakit.errors import ConfigError
 from lorakit.train.arguments import arguments, checkpoint_activations, without_printing
+from lorakit.train.around_batches import around_batches
 from lorakit.train.attaching import attach_all, processes_of, trained_parameters
 from lorakit.train.batches import shared_out
 from lorakit.train.best import best_of
 from lorakit.train.distributed import World, join, shard
+from lorakit.train.fused_layers import fused_layers
+from lorakit.train.head_loss import separable_head
+from lorakit.train.heap import kept_heap
 from lorakit.train.progress import Progress, Silent
 from lorakit.train.quantized_base import check_handed_in, quantize_base
 from lorakit.train.recipe import Recipe
@@ -71,6 +76,20 @@ def train(
         OutOfMemoryError: Memory ran out; the message says what to change.
         MissingDependencyError: A tracker of ``train.report_to`` is not installed.
     """
+    with ExitStack() as during:
+        return _train(recipe, model, tokenizer, resume, overwrite, progress, during)
+
+
+def _train(
+    recipe: Recipe,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress | None,
+    during: ExitStack,
+) -> TrainResult:
+    """See `train`; ``during`` holds what must be undone when the run is over."""
     world = join(model)
     progress = progress if progress is not None and world.is_main else Silent()
     folder = recipe.output
@@ -116,6 +135,11 @@ def train(
         if warning is not None:
             progress.say(warning)
     beside = processes_of(task, model, learners)
+    during.enter_context(kept_heap(next(model.parameters()).device.type == "cpu"))
+    if settings.fused and not settings.compile:
+        during.enter_context(fused_layers(model, packs=not collator.padded))
+    separable_head(model)  # a probe, which must come before anything stands in the model's way
+    around = around_batches(task, model, learnt, rounds, collator, progress, world)
     world.check_same("the recipe or the training data", (recipe.plain(), data_hash, str(checkpoint)))
     world.copy_from_main(trained_parameters(model, learners))
     if world.shards:
@@ -143,12 +167,12 @@ def train(
     from lorakit.train.out_of_memory import explained
     from lorakit.train.processes import Processes
     from lorakit.train.reporting import Reporting
-    from lorakit.train.trackers import telling, trackers
+    from lorakit.train.trackers import telling, tracking
 
     leaving = [partial(part.leave, tokenizer=tokenizer) for part in task.parts]
     recipes = [part.recipe for part in task.parts]
     writer = Writer(model, recipes, reports, record, leaving, writes=world.is_main)
-    told_to = trackers(settings.report_to, folder) if world.is_main else []
+    told_to = during.enter_context(tracking(settings.report_to if world.is_main else [], folder))
     reporting = Reporting(
         MetricsFile(folder / "metrics.jsonl", keep_steps=done, writes=world.is_main),
         progress,
@@ -178,6 +202,7 @@ def train(
         reporting,
         Processes(beside),
         world,
+        around,
     )
     without_printing(trainer)
     for callback in (*told_to, watch):
@@ -286,7 +311,8 @@ def _bill(
     padded: bool,
 ) -> Plan:
     """What the planner says that the run needs."""
-    from lorakit.train.estimating import batch_shape, live_architecture, task_plan
+    from lorakit.train.estimating import batch_shape, live_architecture
+    from lorakit.train.task_plan import task_plan
 
     shape = batch_shape(rows, batches, task.recipe.train.accumulation, packed=not padded)
     return task_plan(task, live_architecture(model), shape)

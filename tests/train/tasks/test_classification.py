@@ -216,7 +216,7 @@ def test_adapters_for_other_labels_are_not_merged_into_one(
     with pytest.raises(ConfigError, match=r"tells apart animal, colour, tree, and .* tells apart a, c, t"):
         merge_to_folder(str(one.model.name_or_path), [one.adapter, two.adapter], tmp_path / "merged")
     three = train(recipe("three", max_steps=1))
-    with pytest.raises(ConfigError, match=r"and .*three.* is no classifier"):
+    with pytest.raises(ConfigError, match=r"and .*three.* brings no head"):
         merge_to_folder(str(one.model.name_or_path), [one.adapter, three.adapter], tmp_path / "merged")
 
 

@@ -1,0 +1,222 @@
+"""What does each trick of training bring: SmolLM2-135M, batches of 16 E2E rows, each trick left out by itself?
+
+Every row is a process of its own, in turns with the run that has everything; the rows of data, their order and the
+learning rate are the same. Where a recipe has no key for a trick it is patched away from outside. The shared product of
+q, k and v is not here: it exists in generation alone. The variable LORAKIT_DATA names the folder with ``generate/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.harness import Benchmark, start
+from benchmarks.qlora_memory import forget_peak, give_back, resident
+from benchmarks.train_throughput import ALPHA, DATA, HERE, LENGTH, LR, MODEL, RANK, ROWS, SEED
+
+STEPS, WARM = 16, 4
+ALL, UPPER = "all-linear", r"model[.]layers[.]2[0-9][.].*_proj"
+WITH, WITHOUT = "with", "without"
+
+
+@dataclass(frozen=True)
+class Trick:
+    """One trick, and how to be without it.
+
+    Attributes:
+        name: What is left out, or put in.
+        train: Settings of ``train`` in the recipe that differ from the run beside it.
+        patches: What is patched from outside: a dotted name, and what stands in its place.
+        prepare: Called with the model before training.
+        added: Whether the trick is off by default, so that the run with the settings is the one that has it.
+        targets: What is adapted in both runs.
+        note: What a reader must know.
+    """
+
+    name: str
+    train: Mapping[str, Any] = field(default_factory=dict)
+    patches: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Any], None] | None = None
+    added: bool = False
+    targets: str = ALL
+    note: str = ""
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _as_they_come(settings: Any, rows: Any, padded: bool) -> Any:
+    from lorakit.train.batches import plan_run
+
+    return plan_run(settings, rows, False)
+
+
+def _down_to_the_embeddings(model: Any) -> None:
+    """As models are left that reentrant checkpointing or a library has made to."""
+    model.enable_input_require_grads()
+
+
+_ALL_LOGITS = {
+    "lorakit.train.loss._selects_positions": lambda forward: False,
+    "lorakit.train.loss.separable_head": _nothing,
+}
+TRICKS = (
+    Trick(
+        "no padding",
+        train={"batching": "padded"},
+        note="Without: rows of like length stand together, padded.",
+    ),
+    Trick(
+        "no padding, nor rows of like length",
+        train={"batching": "padded"},
+        patches={"lorakit.train.task.plan_run": _as_they_come},
+        note="Without: rows in the order of the data, padded to the longest of their batch.",
+    ),
+    Trick("logits where a token is learnt", patches=_ALL_LOGITS),
+    Trick("logits in parts", patches={"lorakit.train.loss.separable_head": _nothing}),
+    Trick(
+        "fused low-rank product",
+        patches={
+            "lorakit.ops.low_rank.native.product": None,
+            "lorakit.ops.low_rank.transformed": lambda: True,
+        },
+        note="Without: three plain operations, as LoRA is mostly written.",
+    ),
+    Trick(
+        "compiled low-rank product",
+        patches={"lorakit.ops.low_rank.native.product": None},
+        note="Without: the autograd function in Python. Where the library is not built both are the same.",
+    ),
+    Trick(
+        "compiled norms, gates and attention",
+        train={"fused": False},
+        note="Where the library is not built both are the same.",
+    ),
+    Trick("activation checkpointing", train={"activation_checkpointing": True}, added=True),
+    Trick(
+        "torch.compile",
+        train={"compile": True},
+        added=True,
+        note=f"The first {WARM} steps, in which it compiles, are not counted. It runs without the compiled norms, "
+        "gates and attention.",
+    ),
+    Trick(
+        "no backward below the lowest adapter",
+        prepare=_down_to_the_embeddings,
+        targets=UPPER,
+        note="The upper ten of thirty blocks are adapted.",
+    ),
+    Trick(
+        "cache of the frozen part",
+        train={"cache_frozen": "memory"},
+        added=True,
+        targets=UPPER,
+        note="The upper ten of thirty blocks are adapted. Filling it, one forward pass of the lower twenty, is not "
+        "counted, the memory of what it keeps is.",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> Benchmark:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--only", nargs="+", choices=[trick.name for trick in TRICKS])
+    options, rest = parser.parse_known_args(argv)
+    bench = start("train_ablation", __doc__ or "", rest)
+    steps = WARM + 2 if bench.quick else STEPS
+    chosen = [trick for trick in TRICKS if options.only is None or trick.name in options.only]
+    runs: dict[tuple[str, bool], list[dict[str, float]]] = {}
+    for _ in range(1 if bench.quick else bench.rounds(3)):
+        for targets in dict.fromkeys(trick.targets for trick in chosen):
+            runs.setdefault((targets, False), []).append(_in_a_process(None, targets, steps, bench.threads))
+        for trick in chosen:
+            mine = _in_a_process(trick, trick.targets, steps, bench.threads)
+            runs.setdefault((trick.name, True), []).append(mine)
+    for trick in chosen:
+        report(bench, trick, runs[trick.targets, False], runs[trick.name, True])
+    bench.finish()
+    return bench
+
+
+def report(
+    bench: Benchmark,
+    trick: Trick,
+    plain: Sequence[Mapping[str, float]],
+    changed: Sequence[Mapping[str, float]],
+) -> None:
+    having, lacking = (changed, plain) if trick.added else (plain, changed)
+    for what, key, unit in (("seconds a step", "seconds", "s"), ("peak above the weights", "peak", "MB")):
+        samples = {WITH: [run[key] for run in having], WITHOUT: [run[key] for run in lacking]}
+        bench.add(f"{trick.name}: {what}", samples, unit=unit, ratio=(WITHOUT, WITH), note=trick.note)
+
+
+def _in_a_process(trick: Trick | None, targets: str, steps: int, threads: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        name = "" if trick is None else trick.name
+        command = [sys.executable, "-m", "benchmarks.train_ablation", "--child", name, targets, str(steps)]
+        done = subprocess.run(
+            [*command, str(threads), str(out), folder], capture_output=True, text=True, cwd=HERE, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"{name or 'the whole'} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        result: dict[str, float] = json.loads(out.read_text())
+        return result
+
+
+# ---- in the child ---------------------------------------------------------------------------------------------------
+def child(name: str, targets: str, steps: int, threads: int, out: Path, folder: Path) -> None:
+    import torch
+
+    from lorakit.models import load_model, load_tokenizer
+    from lorakit.train import Recipe, train
+
+    torch.set_num_threads(threads)
+    trick = next((trick for trick in TRICKS if trick.name == name), Trick("everything"))
+    recipe = Recipe.from_mapping(
+        {
+            "model": MODEL,
+            "adapter": {"method": "lora", "r": RANK, "alpha": ALPHA, "targets": targets},
+            "data": {"train": f"{DATA}/generate/e2e_nlg/train.jsonl.gz", "max_rows": {"train": ROWS * steps}},
+            "train": {
+                "max_steps": steps, "batch_rows": ROWS, "lr": LR, "schedule": "constant", "warmup": 0, "seed": SEED,
+                "max_length": LENGTH, "log_every": 1, **trick.train,
+            },
+            "output": str(folder / "run"),
+        }
+    )  # fmt: skip
+    tokenizer = load_tokenizer(MODEL)
+    model = load_model(MODEL, dtype="float32", device="cpu")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # not pages of a file that come and go
+    if trick.prepare is not None:
+        trick.prepare(model)
+    give_back()
+    before = resident("VmRSS")
+    forget_peak()
+    with ExitStack() as stack:
+        for where, what in trick.patches.items():
+            stack.enter_context(patch(where, what))
+        result = train(recipe, model=model, tokenizer=tokenizer)
+    peak = resident("VmHWM") - before
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    ends = [line["seconds"] for line in lines if "loss" in line]
+    out.write_text(json.dumps({"seconds": (ends[-1] - ends[WARM - 1]) / (steps - WARM), "peak": peak / 1e6}))
+
+
+if __name__ == "__main__":
+    if "--child" in sys.argv:
+        at = sys.argv.index("--child")
+        given = sys.argv[at + 1 :]
+        child(given[0], given[1], int(given[2]), int(given[3]), Path(given[4]), Path(given[5]))
+    else:
+        main()
