@@ -24,7 +24,7 @@ from benchmarks.qlora_memory import forget_peak, give_back, resident
 
 MODEL, RANK, ALPHA, ROWS, LR, SEED = "smollm2", 8, 16, 16, 5e-4, 0
 SETS = ("e2e_nlg", "instruct_en")
-STEPS, WARM = 24, 2
+STEPS, WARM = 16, 2
 LENGTH = 256
 DATA = os.environ.get("LORAKIT_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
 HERE = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
     steps = 4 if bench.quick else STEPS
     for name in SETS:
         runs: dict[str, list[dict[str, Any]]] = {LORAKIT: [], PEFT: []}
-        for _ in range(bench.rounds(3) if not bench.quick else 1):
+        for _ in range(bench.rounds(2) if not bench.quick else 1):
             for side, mine in runs.items():
                 mine.append(_in_a_process(side, name, steps, bench.threads))
         report(bench, name, runs)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.ops import fused
+from lorakit.ops.low_rank import add_low_rank, deferred
 from lorakit.ops.native.training import kernels
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the compiled products are not built")
@@ -149,3 +150,46 @@ def test_what_is_left_to_torch() -> None:
     assert fused.swiglu(x.bfloat16(), x.bfloat16()) is None
     assert fused.swiglu(x.to("meta"), x.to("meta")) is None
     assert torch.func.vmap(lambda t: t if fused.swiglu(t, t) is None else t + 1)(x).equal(x)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 130])
+@pytest.mark.parametrize("learning_x", [True, False])
+def test_products_of_one_input_together(tokens: int, learning_x: bool) -> None:
+    x = drawn(1, tokens, 40).requires_grad_(learning_x)
+    factors = [(drawn(r, 40, seed=r), drawn(out, r, seed=out)) for r, out in ((3, 33), (8, 64), (1, 5))]
+    scales = (0.5, 2.0, -1.0)
+    learnt = [t.requires_grad_() for A, B in factors for t in (A, B)]
+    bases = [drawn(40, B.shape[0], seed=4) for _, B in factors]
+
+    def asked(add: Callable[..., Tensor]) -> list[Tensor]:
+        return [add((x @ W).clone(), x, A, B, s) for W, (A, B), s in zip(bases, factors, scales, strict=True)]
+
+    expected = asked(lambda y, x, A, B, s: y + s * x @ A.T @ B.T)
+    with deferred(x) as found:
+        ys = asked(add_low_rank)
+        assert not torch.allclose(ys[0], expected[0])  # nothing is added yet
+    assert [product.y is y for product, y in zip(found.products, ys, strict=True)] == [True] * 3
+    assert fused.add_together(x, found.products)
+    inputs = [x, *learnt] if learning_x else learnt
+    directions = [drawn(*y.shape, seed=8) for y in ys]
+    found_gradients = torch.autograd.grad(ys, inputs, directions)
+    for one, other in zip(
+        (*ys, *found_gradients), (*expected, *torch.autograd.grad(expected, inputs, directions)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_deferred() -> None:
+    x, other, y = drawn(2, 6), drawn(2, 6, seed=1), torch.zeros(2, 5)
+    A, B = drawn(3, 6).requires_grad_(), drawn(5, 3).requires_grad_()
+    right = x @ A.T @ B.T
+    with deferred(x) as found:
+        for add in (
+            lambda: add_low_rank(y.clone(), other, A, B) - other @ A.T @ B.T + right,  # another input
+            lambda: add_low_rank(y.clone(), x, A.detach(), B),  # a frozen factor
+        ):
+            torch.testing.assert_close(add(), right)
+        with torch.no_grad():
+            torch.testing.assert_close(add_low_rank(y.clone(), x, A, B), right)
+        assert not found.products
+    torch.testing.assert_close(add_low_rank(y.clone(), x, A, B), right)  # it is over

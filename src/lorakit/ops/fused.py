@@ -13,13 +13,14 @@ operations are to be used. The derivatives cannot be differentiated again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops.low_rank import transformed
+from lorakit.ops.low_rank import Deferred, transformed
 from lorakit.ops.native.training import Kernels, kernels
 
 
@@ -67,6 +68,26 @@ def document_attention(
     if library is None or q.shape[0] != 1 or not library.takes_heads(cos.shape[-1]):
         return None
     return _DocumentAttention.apply(q, k, v, cos, sin, borders.to(torch.int64), scale, library)
+
+
+def add_together(x: Tensor, products: Sequence[Deferred]) -> bool:
+    """Add the low-rank products of layers that read the same input, each in place: ``y_i += s_i x A_iᵀ B_iᵀ``.
+
+    ``x`` is read once for all of them, and once more for all their derivatives, of which one ``dx`` is made.
+
+    Args:
+        x: ``(..., in)``.
+        products: From `lorakit.ops.low_rank.deferred`.
+
+    Returns:
+        Whether it was done; nothing was changed otherwise.
+    """
+    ys, As, Bs = ([getattr(product, name) for product in products] for name in ("y", "A", "B"))
+    library = _library(x, *ys, *As, *Bs)
+    if library is None or not x.is_contiguous():
+        return False
+    _AddTogether.apply(x, [product.scale for product in products], library, *ys, *As, *Bs)
+    return True
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> Tensor | None:
@@ -120,6 +141,44 @@ class _Swiglu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.library.swiglu_back(dy.contiguous(), *ctx.saved_tensors), None
+
+
+class _AddTogether(torch.autograd.Function):
+    """``h_i = s_i x A_iᵀ``, ``dB_i = G_iᵀ h_i``, ``dh_i = s_i G_i B_i``, ``dA_i = dh_iᵀ x``, ``dx = Σ dh_i A_i``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scales: Sequence[float], library: Kernels, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        number = len(scales)
+        ys, As, Bs = given[:number], given[number : 2 * number], given[2 * number :]
+        A = torch.cat(As)
+        ranks = [len(a) for a in As]
+        h = library.project(x, A, 1.0)
+        hs = [(part * scale).contiguous() for part, scale in zip(h.split(ranks, 1), scales, strict=True)]
+        for y, part, B in zip(ys, hs, Bs, strict=True):
+            library.expand(part, B.t().contiguous(), y, add=True)
+        ctx.library, ctx.scales, ctx.ranks = library, scales, ranks
+        ctx.save_for_backward(x, *As, *Bs, *hs)
+        ctx.mark_dirty(*ys)
+        return ys
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        library, scales, number = ctx.library, ctx.scales, len(ctx.scales)
+        x, *rest = ctx.saved_tensors
+        As, Bs, hs = rest[:number], rest[number : 2 * number], rest[2 * number :]
+        Gs = [G.contiguous() for G in gradients]
+        dBs = [library.collect(part, G).t() for part, G in zip(hs, Gs, strict=True)]
+        dhs = [library.project(G, B.t().contiguous(), s) for G, B, s in zip(Gs, Bs, scales, strict=True)]
+        dh = torch.cat(dhs, 1)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            library.expand(dh, torch.cat(As), dx, add=False)
+        dAs = library.collect(dh, x).split(ctx.ranks)
+        return dx, None, None, *Gs, *dAs, *dBs
 
 
 class _DocumentAttention(torch.autograd.Function):

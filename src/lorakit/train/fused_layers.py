@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.ops.fused import document_attention, rms_norm, swiglu
+from lorakit.ops.fused import add_together, document_attention, rms_norm, swiglu
+from lorakit.ops.low_rank import deferred
 from lorakit.ops.native.training import kernels
 from lorakit.train.packing import NAME, pack, packed
 
@@ -131,9 +132,25 @@ def _norm(module: Any, original: Forward, hidden_states: Tensor) -> Tensor:
 def _gate(module: Any, original: Forward, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return original(x)
-    gate, up = module.gate_proj(x), module.up_proj(x)
+    gate, up = _together(x, module.gate_proj, module.up_proj)
     done = swiglu(gate, up)
     return module.down_proj(module.act_fn(gate) * up if done is None else done)
+
+
+def _together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What layers give for the same input, their low-rank changes made together where these come last of all."""
+    with deferred(x) as found:
+        outputs = [layer(x) for layer in layers]
+    products = found.products
+    if not products:
+        return outputs
+    own = {id(y) for y in outputs}
+    last = all(id(p.y) in own and p.y._version == p.version for p in products) and len(products) <= len(
+        outputs
+    )
+    if last and add_together(x, products):
+        return outputs
+    return [layer(x) for layer in layers]  # something was done with what was not whole yet
 
 
 def _attention(
@@ -163,7 +180,7 @@ def _attention(
             past_key_values=past_key_values,
             **kwargs,
         )
-    q, k, v = (getattr(module, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = _together(hidden_states, module.q_proj, module.k_proj, module.v_proj)
     cos, sin = position_embeddings
     done = document_attention(q, k, v, cos, sin, borders, module.scaling)
     if done is None:  # the products are made again, so that only whole calls are ours

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "products.h"
 #include "tiles.h"
 
 namespace lorakit {
@@ -12,6 +13,8 @@ namespace {
 
 // Numbers that are worth waking a thread for.
 constexpr int64_t WORTH_A_THREAD = 1 << 14;
+// Tokens, and columns of a derivative, that a thread takes at a time in a product with a factor.
+constexpr int64_t TOKENS_AT_ONCE = 48, COLUMNS_AT_ONCE = 64;
 // Entries that a thread takes at a time.
 constexpr int64_t ENTRIES_AT_ONCE = 1 << 12;
 // Rows of queries whose scores are kept at a time: then keys and values gain from all of them at once.
@@ -306,6 +309,31 @@ EXPORTED void lorakit_cross_entropy(const float* x, const int64_t* targets, int6
 #pragma omp parallel for num_threads(lorakit::team(rows * n, threads))
   for (int64_t i = 0; i < rows; ++i)
     losses[i] = lorakit::cross_entropy(x + i * n, n, targets[i], dx == nullptr ? nullptr : dx + i * n);
+}
+
+// The products of products.h over all tokens: H = scale * X Mᵀ, then Y (+)= H M, and D = Hᵀ X.
+EXPORTED void lorakit_project(const float* x, const float* m, int64_t tokens, int64_t n, int64_t r, double scale, float* h,
+                              int64_t threads) {
+  using namespace lorakit;
+#pragma omp parallel for num_threads(team(tokens * n, threads))
+  for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE)
+    project(x + t * n, m, std::min(TOKENS_AT_ONCE, tokens - t), n, r, 0, r, static_cast<float>(scale), h + t * r);
+}
+
+EXPORTED void lorakit_expand(const float* h, const float* m, int64_t tokens, int64_t n, int64_t r, int64_t add, float* y,
+                             int64_t threads) {
+  using namespace lorakit;
+#pragma omp parallel for num_threads(team(tokens * n, threads))
+  for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE)
+    expand(h + t * r, m, std::min(TOKENS_AT_ONCE, tokens - t), n, r, 0, n, add != 0, y + t * n, n);
+}
+
+EXPORTED void lorakit_collect(const float* h, const float* x, int64_t tokens, int64_t n, int64_t r, float* d,
+                              int64_t threads) {
+  using namespace lorakit;
+#pragma omp parallel for num_threads(team(tokens * n, threads))
+  for (int64_t c = 0; c < n; c += COLUMNS_AT_ONCE)
+    collect(h, x, tokens, n, r, c, std::min(n, c + COLUMNS_AT_ONCE), d);
 }
 
 EXPORTED void lorakit_attention(const lorakit::Attention* attention) {

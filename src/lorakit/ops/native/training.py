@@ -40,6 +40,9 @@ class Kernels:
         self._swiglu = _function(library, "swiglu", P, P, N, P, N)
         self._swiglu_back = _function(library, "swiglu_back", P, P, P, N, P, P, N)
         self._cross_entropy = _function(library, "cross_entropy", P, P, N, N, P, P, N)
+        self._project = _function(library, "project", P, P, N, N, N, c_double, P, N)
+        self._expand = _function(library, "expand", P, P, N, N, N, N, P, N)
+        self._collect = _function(library, "collect", P, P, N, N, N, P, N)
         self._attention = _function(library, "attention", POINTER(_Attention))
         self._attention_back = _function(library, "attention_back", POINTER(_Attention))
 
@@ -84,6 +87,25 @@ class Kernels:
             _at(logits), _at(targets), rows, n, _at(losses), _at(gradient), _threads()
         )  # fmt: skip
         return losses
+
+    def project(self, x: Tensor, M: Tensor, scale: float) -> Tensor:
+        """``scale * x Mᵀ`` for ``x`` ``(..., n)`` and ``M`` ``(r, n)``: ``(tokens, r)``."""
+        r, n = M.shape
+        h = x.new_empty(x.numel() // n, r)
+        self._project(_at(x), _at(M), len(h), n, r, scale, _at(h), _threads())
+        return h
+
+    def expand(self, h: Tensor, M: Tensor, y: Tensor, *, add: bool) -> None:
+        """``y = h M``, or ``y += h M``, for ``h`` ``(tokens, r)``, ``M`` ``(r, n)`` and ``y`` ``(..., n)``."""
+        r, n = M.shape
+        self._expand(_at(h), _at(M), len(h), n, r, int(add), _at(y), _threads())
+
+    def collect(self, h: Tensor, x: Tensor) -> Tensor:
+        """``hᵀ x`` for ``h`` ``(tokens, r)`` and ``x`` ``(..., n)``: ``(r, n)``."""
+        tokens, r = h.shape
+        d = x.new_empty(r, x.shape[-1])
+        self._collect(_at(h), _at(x), tokens, x.shape[-1], r, _at(d), _threads())
+        return d
 
     def takes_heads(self, n: int) -> bool:
         """Whether attention runs with heads of ``n`` entries."""
