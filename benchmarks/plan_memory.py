@@ -81,7 +81,7 @@ def train(model: torch.nn.Module, run: Run, steps: int) -> None:
     """Steps as `lorakit train` makes them, on random tokens."""
     from contextlib import nullcontext
 
-    from lorakit.train.arguments import checkpoint_activations
+    from lorakit.train.activation_checkpointing import checkpoint_activations
     from lorakit.train.packing import pack, packed
 
     optimizer = torch.optim.AdamW(lk.trainable(model).values(), fused=True)

@@ -1,8 +1,8 @@
 """What does each trick of training bring: SmolLM2-135M, batches of 16 E2E rows, each trick left out by itself?
 
 Every row is a process of its own, in turns with the run that has everything; the rows of data, their order and the
-learning rate are the same. Where a recipe has no key for a trick it is patched away from outside. The shared product of
-q, k and v is not here: it exists in generation alone. The variable LORAKIT_DATA names the folder with ``generate/``.
+learning rate are the same. Where a recipe has no key for a trick it is patched away from outside. The variable
+LORAKIT_DATA names the folder with ``generate/``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from benchmarks.harness import Benchmark, start
 from benchmarks.qlora_memory import forget_peak, give_back, resident
 from benchmarks.train_throughput import ALPHA, DATA, HERE, LENGTH, LR, MODEL, RANK, ROWS, SEED
 
-STEPS, WARM = 16, 4
+STEPS, WARM = 10, 3
 ALL, UPPER = "all-linear", r"model[.]layers[.]2[0-9][.].*_proj"
 WITH, WITHOUT = "with", "without"
 
@@ -66,6 +66,15 @@ def _down_to_the_embeddings(model: Any) -> None:
     model.enable_input_require_grads()
 
 
+def _apart(x: Any, *layers: Any) -> Any:
+    return [layer(x) for layer in layers]
+
+
+def _freed_at_once(wanted: bool) -> AbstractContextManager[bool]:
+    return nullcontext(False)
+
+
+_APART = {"lorakit.train.fused_layers._together": _apart}
 _ALL_LOGITS = {
     "lorakit.train.loss._selects_positions": lambda forward: False,
     "lorakit.train.loss.separable_head": _nothing,
@@ -87,6 +96,7 @@ TRICKS = (
     Trick(
         "fused low-rank product",
         patches={
+            **_APART,
             "lorakit.ops.low_rank.native.product": None,
             "lorakit.ops.low_rank.transformed": lambda: True,
         },
@@ -94,9 +104,15 @@ TRICKS = (
     ),
     Trick(
         "compiled low-rank product",
-        patches={"lorakit.ops.low_rank.native.product": None},
+        patches={**_APART, "lorakit.ops.low_rank.native.product": None},
         note="Without: the autograd function in Python. Where the library is not built both are the same.",
     ),
+    Trick(
+        "one reading of what q, k and v share, and gate and up",
+        patches=_APART,
+        note="Where the library is not built both are the same.",
+    ),
+    Trick("freed memory kept", patches={"lorakit.train.trainer.kept_heap": _freed_at_once}),
     Trick(
         "compiled norms, gates and attention",
         train={"fused": False},
@@ -130,12 +146,13 @@ TRICKS = (
 def main(argv: Sequence[str] | None = None) -> Benchmark:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--only", nargs="+", choices=[trick.name for trick in TRICKS])
+    parser.add_argument("--rounds", type=int, default=3, help="turns of all rows")
     options, rest = parser.parse_known_args(argv)
     bench = start("train_ablation", __doc__ or "", rest)
     steps = WARM + 2 if bench.quick else STEPS
     chosen = [trick for trick in TRICKS if options.only is None or trick.name in options.only]
     runs: dict[tuple[str, bool], list[dict[str, float]]] = {}
-    for _ in range(1 if bench.quick else bench.rounds(3)):
+    for _ in range(1 if bench.quick else bench.rounds(options.rounds)):
         for targets in dict.fromkeys(trick.targets for trick in chosen):
             runs.setdefault((targets, False), []).append(_in_a_process(None, targets, steps, bench.threads))
         for trick in chosen:

@@ -23,8 +23,7 @@ from benchmarks.harness import LORAKIT, PEFT, Aim, Benchmark, start
 from benchmarks.qlora_memory import forget_peak, give_back, resident
 
 MODEL, RANK, ALPHA, ROWS, LR, SEED = "smollm2", 8, 16, 16, 5e-4, 0
-SETS = ("e2e_nlg", "instruct_en")
-STEPS, WARM = 16, 2
+STEPS, WARM = {"e2e_nlg": 16, "instruct_en": 8}, 2
 LENGTH = 256
 DATA = os.environ.get("LORAKIT_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
 HERE = Path(__file__).resolve().parent.parent
@@ -32,8 +31,8 @@ HERE = Path(__file__).resolve().parent.parent
 
 def main(argv: Sequence[str] | None = None) -> Benchmark:
     bench = start("train_throughput", __doc__ or "", argv)
-    steps = 4 if bench.quick else STEPS
-    for name in SETS:
+    for name in STEPS:
+        steps = 4 if bench.quick else STEPS[name]
         runs: dict[str, list[dict[str, Any]]] = {LORAKIT: [], PEFT: []}
         for _ in range(bench.rounds(2) if not bench.quick else 1):
             for side, mine in runs.items():
@@ -69,7 +68,7 @@ def report(bench: Benchmark, name: str, runs: dict[str, list[dict[str, Any]]]) -
         f"{name}: share of the limit", shares, unit="%", ratio=None, aim=Aim(LORAKIT, ">=", 75.0),
         note="The limit is the time of the products that cannot be left out (the frozen weights forward and their "
         "input gradients, of the tokens that are read, and the head at labelled tokens), at the rate at which this "
-        "machine multiplies matrices of these sizes in the same process.",
+        "machine multiplies matrices of these sizes in the same process, before and after.",
     )  # fmt: skip
 
 
@@ -128,7 +127,7 @@ def child(side: str, name: str, steps: int, threads: int, out: Path, folder: Pat
         parameter.data = parameter.data.clone()  # not pages of a file that come and go
     batches = plan_run(recipe.train, rows, False)
     learnt = [sum(label != -100 for i in batch for label in rows[i].labels[1:]) for batch in batches]
-    rate = gemm_rate()
+    first_rate = gemm_rate()
     give_back()
     before = resident("VmRSS")
     forget_peak()
@@ -137,6 +136,8 @@ def child(side: str, name: str, steps: int, threads: int, out: Path, folder: Pat
         recipe, model, tokenizer, [[rows[i] for i in batch] for batch in batches], folder
     )
     peak = resident("VmHWM") - before
+    # A processor that has worked for minutes is not as fast as it was at first, and neighbours come and go.
+    rate = (first_rate + gemm_rate()) / 2
     tokens = [sum(len(rows[i].ids) for i in batch) for batch in batches]
     result = {
         "seconds": sum(times[WARM:]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.attach import checkpoint_contexts, parameter_groups
+from lorakit.attach import parameter_groups
 from lorakit.train.recipe import TrainSection
 
 if TYPE_CHECKING:
@@ -101,23 +101,6 @@ def optimizer_groups(settings: TrainSection, model: nn.Module) -> list[dict[str,
         fast=settings.fast,
         embedding_lr=settings.embedding_lr,
     )
-
-
-def checkpoint_activations(model: PreTrainedModel, wanted: bool) -> None:
-    """Switch transformers' activation checkpointing on or off; the re-run in backward takes the same adapters."""
-    word = (
-        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    )  # renamed in transformers 5
-    if not wanted:
-        getattr(model, f"{word}_checkpointing_disable")()
-        return
-    asked = getattr(model, "_require_grads_hook", None) is not None
-    options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": options})
-    if not asked and getattr(model, "_require_grads_hook", None) is not None:
-        # transformers makes the inputs require a gradient along with it, for the reentrant kind alone, and never takes
-        # that back: backward would go down to the first layer, where it should end at the lowest adapter.
-        model.disable_input_require_grads()
 
 
 def without_printing(trainer: Any) -> None:

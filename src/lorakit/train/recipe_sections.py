@@ -221,8 +221,9 @@ class TrainSection(Section):
         default=None, ge=1, description="Steps between checkpoints; by default none but on Ctrl-C."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Older checkpoints are removed.")
-    activation_checkpointing: bool = Field(
-        default=False, description="Less memory for about half as much time again."
+    activation_checkpointing: bool | Literal["auto"] = Field(
+        default=False,
+        description="Less memory for about half as much time again; `auto` where a step would not fit without it.",
     )
     fused: bool = Field(
         default=True,

@@ -98,7 +98,7 @@ def _run(recipe: Recipe, shape: Shape) -> Run:
         device=device,
         dtype=_dtype(recipe, device),
         storage=recipe.model.quantize or "dense",
-        checkpointing=settings.activation_checkpointing,
+        checkpointing=settings.activation_checkpointing is True,
         packing=shape.packed,
         learnt=shape.learnt,
         accumulation=settings.accumulation,

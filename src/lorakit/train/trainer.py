@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from lorakit.attach import detach
 from lorakit.errors import ConfigError
-from lorakit.train.arguments import arguments, checkpoint_activations, without_printing
+from lorakit.train.activation_checkpointing import checkpoint_activations, wants_checkpointing
+from lorakit.train.arguments import arguments, without_printing
 from lorakit.train.around_batches import around_batches
 from lorakit.train.attaching import attach_all, processes_of, trained_parameters
 from lorakit.train.batches import shared_out
@@ -207,12 +208,17 @@ def _train(
     without_printing(trainer)
     for callback in (*told_to, watch):
         trainer.add_callback(callback)
-    if settings.activation_checkpointing:
+    bill = partial(_bill, task, model, learnt, batches, padded=collator.padded)
+    device = next(model.parameters()).device
+    checkpointing = wants_checkpointing(settings.activation_checkpointing, bill, device, progress.say)
+    if world.size > 1:  # all or none: FSDP's processes meet in every layer
+        checkpointing = any(world.total([float(checkpointing)]))
+    if checkpointing:
         checkpoint_activations(model, True)
     try:
         with (
             finish_on_interrupt(reporting.interrupted, progress),
-            explained(partial(_bill, task, model, learnt, batches, padded=collator.padded)),
+            explained(bill),
             warnings.catch_warnings(),
         ):
             # torch asks for `optimizer.step()` first when a resumed scheduler is loaded; it was called
@@ -231,7 +237,7 @@ def _train(
         raise
     finally:
         model.eval()
-        if settings.activation_checkpointing:
+        if checkpointing:
             checkpoint_activations(model, False)
     world.wait()  # for the last line of the main process
     result = _finish(task, writer, tokenizer, reporting, watch.silent)
