@@ -23,7 +23,7 @@ from benchmarks.harness import Benchmark, start
 from benchmarks.qlora_memory import forget_peak, give_back, resident
 from benchmarks.train_throughput import ALPHA, DATA, HERE, LENGTH, LR, MODEL, RANK, ROWS, SEED
 
-STEPS, WARM = 10, 3
+STEPS, WARM = 8, 2
 ALL, UPPER = "all-linear", r"model[.]layers[.]2[0-9][.].*_proj"
 WITH, WITHOUT = "with", "without"
 

@@ -118,7 +118,9 @@ def assert_same_run(resumed: TrainResult, whole: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("settings", "how"), [({}, "finished"), ({"patience": 1, "min_improvement": 100.0}, "patience")])
+@pytest.mark.parametrize(
+    ("settings", "how"), [({}, "finished"), ({"patience": 1, "min_improvement": 100.0}, "patience")]
+)
 def test_killed_anywhere(watched: MakeRecipe, tmp_path: Path, settings: dict[str, Any], how: str) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(watched("run-0", **settings).plain()), encoding="utf-8")
     words = [
