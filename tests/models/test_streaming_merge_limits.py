@@ -240,7 +240,7 @@ def test_smollm2_gives_the_bits_of_a_merge_in_memory(tmp_path: Path) -> None:
     lk.save(model, tmp_path / "adapter")
     for base, dtype in ((tmp_path / "bf16", torch.bfloat16), ("smollm2", torch.float32)):
         model = load_model(base, dtype=dtype)
-        lk.load(model, tmp_path / "common" / "adapter")
+        lk.load(model, tmp_path / "adapter")
         lk.merge(model, permanent=True)
         out = tmp_path / f"out-{dtype}"
         result = merge_checkpoint(base, [tmp_path / "adapter"], out)
