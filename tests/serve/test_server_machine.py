@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -37,6 +36,7 @@ from lorakit.serve.stream import Stream
 from lorakit.serve.versions import content_digest
 from tests.serve.http_world import save_adapter
 from tests.serve.store_world import until
+from tests.serve.tiny_serving import alone
 from tests.tiny_chat import tiny_model, tiny_tokenizer
 
 NAMES, FOLDERS = ("n0", "n1", "n2"), ("f0", "f1", "f2", "f3")
@@ -66,20 +66,8 @@ def _truth() -> Truth:
     return Truth(folder, answers, digests)
 
 
-@torch.inference_mode()
 def _answers(model: Any) -> list[list[int]]:
-    found = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=LENGTH,
-            do_sample=False,
-            eos_token_id=None,
-        )
-        found.append(out[0, len(prompt) :].tolist())
-    return found
+    return [alone(model, None, prompt, LENGTH) for prompt in PROMPTS]
 
 
 @dataclass(eq=False)

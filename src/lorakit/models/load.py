@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -12,28 +12,14 @@ from lorakit.errors import ConfigError, MissingDependencyError, ModelError, list
 from lorakit.models.builtin import BUILTINS
 from lorakit.models.fastest_dtype import fastest_dtype
 from lorakit.models.resolve import ResolvedModel, resolve
+from lorakit.plan.architectures import AUTO_CLASS, PlanTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Task = Literal[
-    "causal-lm",
-    "seq2seq",
-    "sequence-classification",
-    "token-classification",
-    "image-classification",
-    "feature-extraction",
-]
+Task = PlanTask
 HEADED = ("sequence-classification", "token-classification", "image-classification")
 
-_AUTO_CLASS: dict[str, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "feature-extraction": "AutoModel",
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,7 +49,7 @@ def load_model(
         ConfigError: An option that makes no sense, alone or with the others.
         MissingDependencyError: transformers is not installed.
     """
-    if task not in _AUTO_CLASS:
+    if task not in AUTO_CLASS:
         raise ConfigError(f"There is no task {task!r}.{near_matches(str(task), get_args(Task))} {_tasks()}")
     if num_labels is not None and task != "sequence-classification":
         raise ConfigError(
@@ -101,7 +87,7 @@ def read_model(
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     transformers = _transformers()
     options = {"dtype": compute_dtype(dtype, where), **origin(resolved, revision), **options}
-    auto_class = getattr(transformers, _AUTO_CLASS[task])
+    auto_class = getattr(transformers, AUTO_CLASS[task])
     try:
         model, info = auto_class.from_pretrained(resolved.location, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

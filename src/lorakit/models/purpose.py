@@ -11,7 +11,7 @@ from lorakit.errors import ConfigError, listing
 from lorakit.io import read
 from lorakit.models.load import HEADED, Task
 
-_BY_TASK: dict[str, Task] = {
+KIND_OF_TASK: dict[str, Task] = {
     "causal-lm": "causal-lm",
     "dpo": "causal-lm",
     "seq2seq": "seq2seq",
@@ -21,6 +21,8 @@ _BY_TASK: dict[str, Task] = {
     "image-classification": "image-classification",
     "embedding": "feature-extraction",
 }
+"""A recipe's task, and the kind of model that it trains."""
+
 _BY_PEFT: dict[str, Task] = {
     "CAUSAL_LM": "causal-lm",
     "SEQ_2_SEQ_LM": "seq2seq",
@@ -67,7 +69,7 @@ def purpose_in(info: Mapping[str, Any]) -> Purpose:
     """What `AdapterSpec.info` says: lorakit's word for the task, else PEFT's."""
     peft = info.get("peft")
     word = peft.get("task_type") if isinstance(peft, Mapping) else None
-    kind = _BY_TASK.get(str(info.get("task"))) or _BY_PEFT.get(str(word))
+    kind = KIND_OF_TASK.get(str(info.get("task"))) or _BY_PEFT.get(str(word))
     labels = info.get("labels")
     headed = kind in HEADED and isinstance(labels, list)
     return Purpose(kind, tuple(map(str, labels)) if headed and labels else None)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops.low_rank import Deferred, transformed
-from lorakit.ops.native.training import Kernels, kernels
+from lorakit.ops.native.training import AttentionInputs, Kernels, kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor | None:
@@ -195,7 +195,7 @@ class _DocumentAttention(torch.autograd.Function):
         library: Kernels,
     ) -> Tensor:
         q, k, v, cos, sin = (t.contiguous()[0] for t in (q, k, v, cos, sin))
-        y, logs = library.attention(q, k, v, cos, sin, borders, scale)
+        y, logs = library.attention(AttentionInputs(q, k, v, cos, sin, borders, scale))
         ctx.library, ctx.scale = library, scale
         ctx.save_for_backward(q, k, v, cos, sin, borders, y, logs)
         return y[None]
@@ -203,6 +203,7 @@ class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *given, y, logs = ctx.saved_tensors
-        changes = ctx.library.attention_back(dy.contiguous()[0], *given, ctx.scale, y, logs)
+        q, k, v, cos, sin, borders, y, logs = ctx.saved_tensors
+        given = AttentionInputs(q, k, v, cos, sin, borders, ctx.scale)
+        changes = ctx.library.attention_back(dy.contiguous()[0], given, y, logs)
         return *(d[None] for d in changes), None, None, None, None, None

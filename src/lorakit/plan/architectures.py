@@ -26,7 +26,7 @@ PlanTask = Literal[
     "feature-extraction",
 ]
 
-_AUTO_CLASS = {
+AUTO_CLASS = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -102,9 +102,9 @@ def architecture(
         ConfigError: The task is unknown, or ``num_labels`` has no head to size.
         MissingDependencyError: transformers is not installed.
     """
-    if task is not None and task not in _AUTO_CLASS:
+    if task is not None and task not in AUTO_CLASS:
         raise ConfigError(
-            f"There is no task {task!r}.{near_matches(str(task), get_args(PlanTask))} Known: {listing(_AUTO_CLASS)}."
+            f"There is no task {task!r}.{near_matches(str(task), get_args(PlanTask))} Known: {listing(AUTO_CLASS)}."
         )
     if num_labels is not None and (task != "sequence-classification" or num_labels < 1):
         raise ConfigError(
@@ -195,7 +195,7 @@ def _transformers_model(
     if task is None and not named:
         raise ModelError(
             f"The config of {name!r} names no class of transformers (architectures: {values.get('architectures')}). "
-            f"Say what the model is for with task: {listing(_AUTO_CLASS)}."
+            f"Say what the model is for with task: {listing(AUTO_CLASS)}."
         )
     try:
         with torch.device("meta"):
@@ -204,7 +204,7 @@ def _transformers_model(
                 try:
                     if task is None:
                         return getattr(transformers, named[0])._from_config(made)
-                    return getattr(transformers, _AUTO_CLASS[task]).from_config(made)
+                    return getattr(transformers, AUTO_CLASS[task]).from_config(made)
                 except ValueError as error:
                     if wanted == "eager" or "attention" not in str(error).lower():
                         raise

@@ -203,7 +203,7 @@ class Rehearsal:
         _checkpoint(self.model, checkpointing, _Kernels(self.device, batch if packing else 1))
         inputs = self._inputs(batch, length, packing, learnt)
         try:
-            with self._counting(batch if packing else 1) as live:
+            with self.routed(length if packing else 1), self._counting(batch if packing else 1) as live:
                 loss = _loss(self.model(**inputs))
                 kept = live.live
                 loss.backward()
@@ -214,6 +214,14 @@ class Rehearsal:
             for parameter in self.model.parameters():
                 parameter.grad = None
         return Step(there + peak, kept)
+
+    def routed(self, entries: int) -> AbstractContextManager[object]:
+        """What the passes of a step run in: here the adapter acts by itself.
+
+        Args:
+            entries: How many entries of the model's first dimension, or tokens where rows are packed, a row has.
+        """
+        return nullcontext()
 
     def inference(self, batch: int, length: int) -> Step:
         """One pass over a prompt with the key-value cache, no gradients."""

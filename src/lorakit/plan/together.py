@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from lorakit.attach import attach, detach, use
@@ -10,7 +11,7 @@ from lorakit.plan.architectures import Architecture
 from lorakit.plan.counting import Counts
 from lorakit.plan.memory import dtype_called, weights
 from lorakit.plan.plan import Plan, Run, assumptions, train_step, training_memory
-from lorakit.plan.rehearsal import Rehearsal, Step, empty_state
+from lorakit.plan.rehearsal import Rehearsal, empty_state
 from lorakit.plan.work import step_flops
 
 
@@ -40,28 +41,10 @@ class JointRehearsal(Rehearsal):
         for name in self.rows:
             detach(self.model, name)
 
-    def train_step(
-        self,
-        batch: int,
-        length: int,
-        *,
-        checkpointing: bool = False,
-        packing: bool = False,
-        learnt: float = 1.0,
-        accumulating: bool = False,
-    ) -> Step:
-        """As `Rehearsal.train_step`, each row routed through its adapter."""
-        each = length if packing else 1
-        route = [name for name, count in self.rows.items() for _ in range(count * each)]
-        with use(self.model, rows=route):
-            return super().train_step(
-                batch,
-                length,
-                checkpointing=checkpointing,
-                packing=packing,
-                learnt=learnt,
-                accumulating=accumulating,
-            )
+    def routed(self, entries: int) -> AbstractContextManager[object]:
+        """Each row goes through its adapter."""
+        route = [name for name, count in self.rows.items() for _ in range(count * entries)]
+        return use(self.model, rows=route)
 
 
 def plan_together(base: Architecture, adapters: Mapping[str, Counts], run: Run, rows: Sequence[int]) -> Plan:

@@ -13,6 +13,7 @@ import torch
 from lorakit.errors import LorakitError, ModelError
 from lorakit.models import BUILTINS, cache_folder, load_tokenizer
 from lorakit.models.fastest_dtype import matmul_rates
+from lorakit.models.purpose import KIND_OF_TASK
 from lorakit.plan import Architecture, Plan, architecture, architectures
 from lorakit.plan.architectures import ALIASES, PlanTask
 from lorakit.plan.counting import Counts
@@ -26,13 +27,8 @@ from lorakit.train.tasks import task_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PLAN_TASKS: Mapping[str, PlanTask] = {
-    "causal-lm": "causal-lm",
-    "dpo": "causal-lm",
-    "seq2seq": "seq2seq",
-    "classification": "sequence-classification",
-    "regression": "sequence-classification",
-}
+# The others are planned as the model that their base's config names.
+_PLANNED_AS_TRAINED: tuple[PlanTask, ...] = ("causal-lm", "seq2seq", "sequence-classification")
 LONGEST_GUESS = 512
 
 
@@ -162,7 +158,8 @@ def config_of(recipe: Recipe) -> str | Path:
 
 def architecture_of(task: Task, config: str | Path) -> Architecture:
     """The model of a task on the meta device, with a head for as many labels as its rows have (2 if not read yet)."""
-    kind = _PLAN_TASKS.get(task.recipe.task)
+    trained = KIND_OF_TASK.get(task.recipe.task)
+    kind = trained if trained in _PLANNED_AS_TRAINED else None
     labels = None
     if kind == "sequence-classification":
         labels = len(getattr(task, "labels", ())) or (1 if task.recipe.task == "regression" else 2)

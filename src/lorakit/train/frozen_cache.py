@@ -8,8 +8,8 @@ padding is masked), and a model in which something below is random or adapted is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import ConfigError
 from lorakit.train.collate import Collator
+from lorakit.train.for_a_while import in_eval_mode
 from lorakit.train.free_space import free_disk, memory
 from lorakit.train.frozen_part import LEAVE_OUT, Batch, FrozenPart, examine, run_to_its_end
 from lorakit.train.loss import Objective
@@ -74,11 +75,9 @@ class FrozenCache:
         made = nn.utils.rnn.pad_sequence(each, batch_first=True) if self.padded else torch.cat(each)[None]
         return made.to(self.device)
 
-    @contextmanager
-    def giving(self, rows: Sequence[int]) -> Iterator[None]:
+    def giving(self, rows: Sequence[int]) -> AbstractContextManager[None]:
         """Inside the block the model runs a batch of these rows without its frozen part."""
-        with self.part.giving(self.hidden(rows)):
-            yield
+        return self.part.giving(self.hidden(rows))
 
     def fill(
         self,
@@ -164,10 +163,8 @@ def _check_exact(
     Raises:
         ConfigError: It is not: something goes past the blocks that the cache does not keep.
     """
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             # First from the cache: what goes past the blocks is then that of another batch, or nothing.
             with cache.giving(rows):
                 found = objective.summed(model, model, batch).double()
@@ -177,8 +174,6 @@ def _check_exact(
             f"{type(model).__name__} does not run without its lower blocks ({str(error).splitlines()[0][:120]}). "
             f"{LEAVE_OUT}"
         ) from error
-    finally:
-        model.train(was_training)
     tolerance = 1e-4 if cache.values.dtype == torch.float32 else 0.05
     if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
         raise ConfigError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorakit.attach.attachments import attachments_of
 from lorakit.attach.slot import Slot
 from lorakit.errors import ConfigError, listing
+from lorakit.train.for_a_while import with_forwards
 from lorakit.train.loss import Objective
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ class FrozenPart:
     total: int
     in_tuple: bool = False
 
-    @contextmanager
-    def giving(self, hidden: Tensor) -> Iterator[None]:
+    def giving(self, hidden: Tensor) -> AbstractContextManager[None]:
         """Inside the block nothing of it is run; its last block gives ``hidden`` ``(B, T, d)``.
 
         Backward belongs inside too, where activations are checkpointed.
@@ -53,12 +53,7 @@ class FrozenPart:
         def give(*args: Any, **kwargs: Any) -> Any:
             return (hidden,) if self.in_tuple else hidden
 
-        with ExitStack() as stack:
-            for block in self.blocks:
-                own = block.__dict__.get("forward")
-                stack.callback(_put_back, block, own)
-                block.forward = give
-            yield
+        return with_forwards((block, give) for block in self.blocks)
 
 
 def examine(model: PreTrainedModel, batch: Batch, objective: Objective) -> tuple[FrozenPart, Tensor]:
@@ -203,11 +198,3 @@ def run_to_its_end(part: FrozenPart, model: PreTrainedModel, batch: Batch, objec
     finally:
         handle.remove()
     return outputs[0] if outputs else None
-
-
-def _put_back(block: nn.Module, own: Any) -> None:
-    """Give a block its own forward again, or that of its class."""
-    if own is None:
-        del block.forward
-    else:
-        block.forward = own

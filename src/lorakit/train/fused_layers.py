@@ -9,10 +9,11 @@ trained themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from lorakit.ops.fused import add_together, document_attention, rms_norm, swiglu
 from lorakit.ops.low_rank import deferred
 from lorakit.ops.native.training import kernels
+from lorakit.train.for_a_while import in_eval_mode, with_forwards
 from lorakit.train.packing import NAME, pack, packed
 
 if TYPE_CHECKING:
@@ -42,14 +44,9 @@ def fused_layers(model: PreTrainedModel, *, packs: bool) -> Iterator[int]:
     Yields:
         How many modules run so; 0 where nothing is known.
     """
-    replaced = _compiled_forms(model, packs) if _worthwhile(model) else []
-    for module, new in replaced:
-        module.__dict__["forward"] = new
-    try:
-        yield len(replaced)
-    finally:
-        for module, _ in replaced:
-            module.__dict__.pop("forward", None)
+    found = _compiled_forms(model, packs) if _worthwhile(model) else []
+    with with_forwards(found):
+        yield len(found)
 
 
 def _worthwhile(model: PreTrainedModel) -> bool:
@@ -61,32 +58,43 @@ def _worthwhile(model: PreTrainedModel) -> bool:
 
 def _compiled_forms(model: PreTrainedModel, packs: bool) -> list[tuple[nn.Module, Forward]]:
     """The modules whose compiled form gives the same, each with that form."""
-    was_training = model.training
-    model.eval()
-    try:
-        with packed(model) if packs else nullcontext():
-            return [
-                (module, partial(form, module, original))
-                for module in model.modules()
-                if (form := _compiled_form(module)) is not None
-                and (packs or form is not _attention)
-                and _same(
-                    original := type(module).forward.__get__(module), partial(form, module, original), module
-                )
-            ]
-    finally:
-        model.train(was_training)
+    found: list[tuple[nn.Module, Forward]] = []
+    with in_eval_mode(model), packed(model) if packs else nullcontext():
+        for module in model.modules():
+            known = _known(module, packs)
+            if known is None:
+                continue
+            original = type(module).forward.__get__(module)
+            compiled = partial(_unless_traced, known.form, module, original)
+            if _same(original, compiled, known):
+                found.append((module, compiled))
+    return found
 
 
-def _compiled_form(module: nn.Module) -> Forward | None:
-    """What stands for the forward of a module of transformers, if it looks like one that is known."""
+class _Known(NamedTuple):
+    """A module that looks like one that has a compiled form.
+
+    Attributes:
+        form: The compiled form; called with the module, its own forward, and what that takes.
+        width: Of the vectors that it reads.
+        inputs: What else it takes, for a probe.
+    """
+
+    form: Forward
+    width: int
+    inputs: Mapping[str, Any] = MappingProxyType({})
+
+
+def _known(module: Any, packs: bool) -> _Known | None:
     if not type(module).__module__.startswith("transformers.models.") or "forward" in module.__dict__:
         return None
     if _is_norm(module):
-        return _norm
+        return _Known(_norm, len(module.weight))
     if _is_gate(module):
-        return _gate
-    return _attention if _is_attention(module) else None
+        return _Known(_gate, module.gate_proj.in_features)
+    if packs and _is_attention(module):
+        return _Known(_attention, module.q_proj.in_features, _attention_inputs(module))
+    return None
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -122,16 +130,19 @@ def _is_attention(module: nn.Module) -> bool:
     )
 
 
-def _norm(module: Any, original: Forward, hidden_states: Tensor) -> Tensor:
+def _unless_traced(form: Forward, module: nn.Module, original: Forward, *args: Any, **kwargs: Any) -> Any:
+    """A compiler of graphs gets what it can look into."""
     if torch.compiler.is_compiling():
-        return original(hidden_states)
+        return original(*args, **kwargs)
+    return form(module, original, *args, **kwargs)
+
+
+def _norm(module: Any, original: Forward, hidden_states: Tensor) -> Tensor:
     done = rms_norm(hidden_states, module.weight, module.variance_epsilon)
     return original(hidden_states) if done is None else done
 
 
 def _gate(module: Any, original: Forward, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return original(x)
     gate, up = _together(x, module.gate_proj, module.up_proj)
     done = swiglu(gate, up)
     return module.down_proj(module.act_fn(gate) * up if done is None else done)
@@ -164,34 +175,27 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     borders = kwargs.get("cu_seq_lens_q")
     if (
-        borders is None
-        or position_embeddings is None
-        or attention_mask is not None
-        or past_key_values is not None
-        or module.config._attn_implementation != NAME
-        or (module.training and module.attention_dropout)
-        or _narrower(module, borders)
-        or torch.compiler.is_compiling()
+        borders is not None
+        and position_embeddings is not None
+        and attention_mask is None
+        and past_key_values is None
+        and module.config._attn_implementation == NAME
+        and not (module.training and module.attention_dropout)
+        and not _narrower(module, borders)
     ):
-        return original(
-            hidden_states=hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-    q, k, v = _together(hidden_states, module.q_proj, module.k_proj, module.v_proj)
-    cos, sin = position_embeddings
-    done = document_attention(q, k, v, cos, sin, borders, module.scaling)
-    if done is None:  # the products are made again, so that only whole calls are ours
-        return original(
-            hidden_states=hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-    return module.o_proj(done), None
+        q, k, v = _together(hidden_states, module.q_proj, module.k_proj, module.v_proj)
+        cos, sin = position_embeddings
+        done = document_attention(q, k, v, cos, sin, borders, module.scaling)
+        if done is not None:
+            return module.o_proj(done), None
+    # Where its products were made already they are made again, so that only whole calls are ours.
+    return original(
+        hidden_states=hidden_states,
+        position_embeddings=position_embeddings,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
 
 
 def _narrower(module: Any, borders: Tensor) -> bool:
@@ -204,27 +208,20 @@ def _narrower(module: Any, borders: Tensor) -> bool:
     return window is not None and int(borders.diff().max()) > window
 
 
-def _same(original: Forward, compiled: Forward, module: Any) -> bool:
+def _same(original: Forward, compiled: Forward, known: _Known) -> bool:
     """Whether two forwards of a module give the same outputs, and gradients of their input."""
-    generator = torch.Generator().manual_seed(0)
-    attention = _is_attention(module)
-    if _is_norm(module):
-        width = len(module.weight)
-    else:
-        width = (module.q_proj if attention else module.gate_proj).in_features
-    x = torch.randn(1, sum(_PROBED), width, generator=generator)
-    more = _attention_inputs(module, generator) if attention else {}
+    x = torch.randn(1, sum(_PROBED), known.width, generator=torch.Generator().manual_seed(0))
     try:
         with torch.enable_grad():
             (y, dx), (expected, expected_dx) = (
-                _outputs(forward, x, more) for forward in (compiled, original)
+                _outputs(forward, x, known.inputs) for forward in (compiled, original)
             )
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
     return _near(y, expected) and _near(dx, expected_dx)
 
 
-def _outputs(forward: Forward, x: Tensor, more: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _outputs(forward: Forward, x: Tensor, more: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     at = x.clone().requires_grad_()
     y = forward(at, **more)
     y = y[0] if isinstance(y, tuple) else y
@@ -237,8 +234,9 @@ def _near(found: Tensor, expected: Tensor) -> bool:
     return same_size and float((found - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max())
 
 
-def _attention_inputs(module: Any, generator: torch.Generator) -> dict[str, Any]:
+def _attention_inputs(module: Any) -> dict[str, Any]:
     """Two documents, each token turned somehow."""
+    generator = torch.Generator().manual_seed(1)
     angles = 3 * torch.rand(1, sum(_PROBED), module.head_dim // 2, generator=generator)
     angles = torch.cat([angles, angles], dim=-1)
     batch = pack([list(range(n)) for n in _PROBED])

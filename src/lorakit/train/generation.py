@@ -11,6 +11,7 @@ import torch
 from lorakit.errors import ConfigError
 from lorakit.models.conversation import ConversationRenderer, Message, Tool, stop_ids
 from lorakit.train.collate import text_batch
+from lorakit.train.for_a_while import in_eval_mode
 from lorakit.train.recipe import GenerateSection
 
 if TYPE_CHECKING:
@@ -108,21 +109,16 @@ def _in_batches(
     # Rows of like length stand together; the longest come first, so that a lack of memory shows at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
     done = 0
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)
-            for start in range(0, len(order), settings.batch_rows):
-                rows = order[start : start + settings.batch_rows]
-                for i, text in zip(rows, answer([prompts[i] for i in rows]), strict=True):
-                    answers[i] = text
-                done += len(rows)
-                if told is not None:
-                    told(done, len(prompts))
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        for start in range(0, len(order), settings.batch_rows):
+            rows = order[start : start + settings.batch_rows]
+            for i, text in zip(rows, answer([prompts[i] for i in rows]), strict=True):
+                answers[i] = text
+            done += len(rows)
+            if told is not None:
+                told(done, len(prompts))
     return answers
 
 

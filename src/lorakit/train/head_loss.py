@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops.fused import cross_entropy
+from lorakit.train.for_a_while import in_eval_mode
 from lorakit.train.packing import NAME as PACKED
 from lorakit.train.packing import pack
 
@@ -134,15 +135,11 @@ def _is_separable(model: PreTrainedModel, head: nn.Module) -> bool:
     ids = [0, 1, 2]
     batch = pack([ids]) if model.config._attn_implementation == PACKED else {"input_ids": torch.tensor([ids])}
     batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             expected = model(**batch).logits
             with head_aside(model, head):
                 hidden = model(**batch).logits
             return torch.equal(head(hidden), expected)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, StopIteration):
         return False
-    finally:
-        model.train(was_training)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.train.for_a_while import in_eval_mode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -125,10 +127,8 @@ def packing_error(model: PreTrainedModel) -> str | None:
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (7, 5, 9)]
     device = model.get_input_embeddings().weight.device
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             apart = [
                 model(input_ids=torch.tensor([d], device=device), use_cache=False).logits[0]
                 for d in documents
@@ -138,8 +138,6 @@ def packing_error(model: PreTrainedModel) -> str | None:
                 together = model(**batch, use_cache=False).logits[0]
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         return f"{type(model).__name__} does not run on a packed row ({str(error).splitlines()[0][:120]})"
-    finally:
-        model.train(was_training)
     expected = torch.cat(apart)
     difference = (together - expected).abs().max().item()
     spread = expected.abs().max().item()

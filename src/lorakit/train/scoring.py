@@ -14,6 +14,7 @@ from lorakit.attach import detach, use
 from lorakit.io.model_files import load
 from lorakit.train.batches import plan_batches
 from lorakit.train.collate import Collator
+from lorakit.train.for_a_while import in_eval_mode
 from lorakit.train.recipe import TrainSection
 from lorakit.train.row_set import R
 
@@ -73,19 +74,15 @@ def run_batches(
         seed=0,
         padded=collator.padded,
     )
-    was_training, done = model.training, 0
+    done = 0
     device = next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad():
-            for numbers in batches:
-                made = collator([rows[i] for i in numbers])
-                step(numbers, {name: tensor.to(device) for name, tensor in made.items()})
-                done += len(numbers)
-                if told is not None:
-                    told(done, len(rows))
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), torch.no_grad():
+        for numbers in batches:
+            made = collator([rows[i] for i in numbers])
+            step(numbers, {name: tensor.to(device) for name, tensor in made.items()})
+            done += len(numbers)
+            if told is not None:
+                told(done, len(rows))
 
 
 def outputs(

@@ -20,6 +20,7 @@ from lorakit.train.distributed import World, join, shard
 from lorakit.train.fused_layers import fused_layers
 from lorakit.train.head_loss import separable_head
 from lorakit.train.heap import kept_heap
+from lorakit.train.loss import NEXT_TOKEN
 from lorakit.train.progress import Progress, Silent
 from lorakit.train.quantized_base import check_handed_in, quantize_base
 from lorakit.train.recipe import Recipe
@@ -136,10 +137,12 @@ def _train(
         if warning is not None:
             progress.say(warning)
     beside = processes_of(task, model, learners)
-    during.enter_context(kept_heap(next(model.parameters()).device.type == "cpu"))
+    device = next(model.parameters()).device
+    during.enter_context(kept_heap(device.type == "cpu"))
     if settings.fused and not settings.compile:
         during.enter_context(fused_layers(model, packs=not collator.padded))
-    separable_head(model)  # a probe, which must come before anything stands in the model's way
+    if task.objective is NEXT_TOKEN:
+        separable_head(model)  # a probe, which must come before anything stands in the model's way
     around = around_batches(task, model, learnt, rounds, collator, progress, world)
     world.check_same("the recipe or the training data", (recipe.plain(), data_hash, str(checkpoint)))
     world.copy_from_main(trained_parameters(model, learners))
@@ -187,7 +190,7 @@ def _train(
         best=best,
         keep=partial(writer.keep, folder),
         tell=telling(told_to, model) if told_to else None,
-        device=next(model.parameters()).device,
+        device=device,
         world=world,
     )
     watch = GradientWatch(model, reports, progress.say)
@@ -209,7 +212,6 @@ def _train(
     for callback in (*told_to, watch):
         trainer.add_callback(callback)
     bill = partial(_bill, task, model, learnt, batches, padded=collator.padded)
-    device = next(model.parameters()).device
     checkpointing = wants_checkpointing(settings.activation_checkpointing, bill, device, progress.say)
     if world.size > 1:  # all or none: FSDP's processes meet in every layer
         checkpointing = any(world.total([float(checkpointing)]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorakit.ops.native.load import LIBRARY, Decode, Lookup, Product, read_library
-from lorakit.ops.native.training import Kernels
+from lorakit.ops.native.training import AttentionInputs, Kernels
 from lorakit.ops.nf4 import quantize_nf4
 
 # tokens, width in, width out, rank: less than a vector, parts of tiles, work for several threads.
@@ -113,9 +113,9 @@ def check_training(kernels: Kernels) -> None:
     tokens, n = 19, 64
     q, k, v, dy = (torch.randn(tokens, h * n, generator=draw) for h in (4, 2, 2, 4))
     cos, sin = torch.ones(tokens, n), torch.zeros(tokens, n)  # nothing turns
-    borders = torch.tensor([0, tokens])
-    y, logs = kernels.attention(q, k, v, cos, sin, borders, 0.1)
-    back = kernels.attention_back(dy, q, k, v, cos, sin, borders, 0.1, y, logs)
+    given = AttentionInputs(q, k, v, cos, sin, torch.tensor([0, tokens]), 0.1)
+    y, logs = kernels.attention(given)
+    back = kernels.attention_back(dy, given, y, logs)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.view(tokens, -1, n).transpose(0, 1) for t in (q, k, v))

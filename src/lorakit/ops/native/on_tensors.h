@@ -19,8 +19,6 @@ using at::Tensor;
 constexpr int64_t WORTH_A_THREAD = 1 << 20;
 // Numbers in and out from which other threads of Python should not have to wait.
 constexpr int64_t WORTH_THE_INTERPRETER = 1 << 15;
-// Tokens whose short rows are made and used before the next ones; a multiple of the tiles in products.cpp.
-constexpr int64_t TOKENS_AT_ONCE = 48;
 // Entries of a factor, half a megabyte, from which torch's matrix products are as good or better for more tokens than
 // that: they move such a factor through the caches more cleverly.
 constexpr int64_t LARGE_FACTOR = 1 << 17;
@@ -29,8 +27,6 @@ constexpr int64_t LARGE_FACTOR = 1 << 17;
 constexpr int64_t FEW_TOKENS = 8;
 constexpr int64_t FACTORS_WORTH_A_THREAD = 1 << 14;
 constexpr int64_t ROWS_AT_LEAST = 4;
-// Columns of a derivative that one thread takes at a time.
-constexpr int64_t COLUMNS_AT_ONCE = 64;
 
 // ---- running the products on tensors -----------------------------------------------------------------------------
 template <class T>

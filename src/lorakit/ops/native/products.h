@@ -10,6 +10,11 @@
 
 namespace lorakit {
 
+// Tokens whose short rows are made and used before the next ones; a multiple of the tiles in products.cpp.
+constexpr int64_t TOKENS_AT_ONCE = 48;
+// Columns of a derivative that one thread takes at a time.
+constexpr int64_t COLUMNS_AT_ONCE = 64;
+
 // The upper half of a float32.
 struct bfloat16 {
   uint16_t bits;

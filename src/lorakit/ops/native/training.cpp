@@ -13,8 +13,6 @@ namespace {
 
 // Numbers that are worth waking a thread for.
 constexpr int64_t WORTH_A_THREAD = 1 << 14;
-// Tokens, and columns of a derivative, that a thread takes at a time in a product with a factor.
-constexpr int64_t TOKENS_AT_ONCE = 48, COLUMNS_AT_ONCE = 64;
 // Entries that a thread takes at a time.
 constexpr int64_t ENTRIES_AT_ONCE = 1 << 12;
 // Rows of queries whose scores are kept at a time: then keys and values gain from all of them at once.
