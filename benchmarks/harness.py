@@ -15,6 +15,8 @@ import logging
 import math
 import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -194,6 +196,20 @@ class Benchmark:
             self.json.write_text(json.dumps(result, indent=2) + "\n")
             print(f"wrote {self.json}")
         return result
+
+
+def run_child(benchmark: str, plan: Mapping[str, Any]) -> str:
+    """What ``python -m benchmarks.NAME --child PLAN`` prints: a measurement in a process of its own.
+
+    Raises:
+        SystemExit: It failed; with its last words.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--child", json.dumps(plan)]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    if done.returncode:
+        raise SystemExit(f"{benchmark} failed for {dict(plan)}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout
 
 
 def start(name: str, question: str, argv: Sequence[str] | None = None) -> Benchmark:

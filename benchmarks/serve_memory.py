@@ -7,26 +7,23 @@ every answer has been given. The slope over the number of adapters is one adapte
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import LORAKIT, Aim, Benchmark, start
+from benchmarks.harness import LORAKIT, Aim, Benchmark, run_child, start
+from benchmarks.qlora_memory import give_back, resident
 from benchmarks.serving.adapters import base_folder, make_adapters
 from benchmarks.serving.engines import Lorakit
 from benchmarks.serving.load import make_load
 
 COUNTS = (8, 16, 32, 48, 64)
 RANKS = (8, 64)
-HERE = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> Benchmark:
@@ -46,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
                 for runner in ours.runners:
                     plan = {"model": model, "folder": str(folder), "counts": counts, "runner": runner,
                             "threads": bench.threads}  # fmt: skip
-                    rows = [_in_a_process(plan) for _ in range(bench.rounds(ours.rounds))]
+                    rows = [
+                        json.loads(run_child("serve_memory", plan).splitlines()[-1])
+                        for _ in range(bench.rounds(ours.rounds))
+                    ]
                     report(bench, f"{Path(model).name}, rank {r}", rows)
     bench.finish()
     return bench
@@ -69,42 +69,27 @@ def slope(points: Sequence[tuple[int, int]]) -> float:
     return statistics.linear_regression([n for n, _ in points], [size for _, size in points]).slope
 
 
-def _in_a_process(plan: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.serve_memory", "--child", json.dumps(plan)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
-    if done.returncode:
-        raise SystemExit(f"{plan['model']} failed: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def child(plan: dict[str, Any]) -> None:
     folder = Path(plan["folder"])
     engine = Lorakit(
         base_folder(plan["model"]), folder, plan["threads"], runner=plan["runner"], weights="fp32"
     )
     server = engine.server
-    resident: list[tuple[int, int]] = []
+    held: list[tuple[int, int]] = []
     try:
         for n in plan["counts"]:
             load = make_load(n, "distinct", max(n, 16), vocabulary=server.runner.vocabulary)
             engine.run(load, 16)  # all answer, so that whatever a step keeps for an adapter is there
-            resident.append((n, resident_bytes()))
+            gc.collect()
+            give_back()
+            held.append((n, resident("VmRSS")))
         lease = server.store.acquire("a0000").result()
         with lease:
             tensors = lease.version.bytes
             prepared = getattr(server.runner, "prepared_bytes", lambda version: version.bytes)(lease.version)
     finally:
         engine.close()
-    print(json.dumps({"resident": resident, "tensors": tensors, "prepared": prepared, "runner": server.note}))
-
-
-def resident_bytes() -> int:
-    """What the process holds, when what it has freed is given back to the system."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) * 1024
+    print(json.dumps({"resident": held, "tensors": tensors, "prepared": prepared, "runner": server.note}))
 
 
 if __name__ == "__main__":

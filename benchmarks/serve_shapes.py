@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import LORAKIT, Aim, Benchmark, number, start
+from benchmarks.harness import LORAKIT, Aim, Benchmark, number, run_child, start
 from benchmarks.serving.adapters import base_folder, make_adapters
 from benchmarks.serving.engines import Lorakit
 from benchmarks.serving.load import facts, make_load
@@ -27,7 +26,6 @@ MODELS = ("smollm2",)
 COUNTS = (0, 1, 20, 100, 1000)
 SHAPES = ("distinct", "uniform", "skewed", "identical")
 RANK, TOGETHER, REQUESTS = 8, 16, 64
-HERE = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> Benchmark:
@@ -51,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
                     "model": model, "folder": str(folder), "counts": counts, "shapes": ours.shapes,
                     "runner": ours.runner, "threads": bench.threads, "requests": 6 if bench.quick else REQUESTS,
                 }  # fmt: skip
-                for row in _in_a_process(plan):
+                printed = run_child("serve_shapes", plan).splitlines()
+                for row in (json.loads(line) for line in printed if line.startswith("{")):
                     found[Path(model).name, row["shape"], row["adapters"]].append(row)
                     print(
                         f"{Path(model).name:14s} {row['adapters']:5d} {row['shape']:9s} "
@@ -92,14 +91,6 @@ def report(bench: Benchmark, found: dict[tuple[str, str, int], list[dict[str, An
                     ratio=None,
                     aim=Aim(LORAKIT, "<=", 5.0),
                 )
-
-
-def _in_a_process(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks.serve_shapes", "--child", json.dumps(plan)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
-    if done.returncode:
-        raise SystemExit(f"{plan['model']} failed: {done.stderr[-2000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def child(plan: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.harness import Benchmark, start
+from benchmarks.harness import Benchmark, run_child, start
 from benchmarks.qlora_memory import forget_peak, give_back, resident
-from benchmarks.train_throughput import ALPHA, DATA, HERE, LENGTH, LR, MODEL, RANK, ROWS, SEED
+from benchmarks.training.run import MODEL, ends_of_steps, fresh_model, recipe_for
 
 STEPS, WARM = 8, 2
 ALL, UPPER = "all-linear", r"model[.]layers[.]2[0-9][.].*_proj"
@@ -154,14 +153,19 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
     runs: dict[tuple[str, bool], list[dict[str, float]]] = {}
     for _ in range(1 if bench.quick else bench.rounds(options.rounds)):
         for targets in dict.fromkeys(trick.targets for trick in chosen):
-            runs.setdefault((targets, False), []).append(_in_a_process(None, targets, steps, bench.threads))
+            runs.setdefault((targets, False), []).append(_run("", targets, steps, bench))
         for trick in chosen:
-            mine = _in_a_process(trick, trick.targets, steps, bench.threads)
-            runs.setdefault((trick.name, True), []).append(mine)
+            runs.setdefault((trick.name, True), []).append(_run(trick.name, trick.targets, steps, bench))
     for trick in chosen:
         report(bench, trick, runs[trick.targets, False], runs[trick.name, True])
     bench.finish()
     return bench
+
+
+def _run(trick: str, targets: str, steps: int, bench: Benchmark) -> dict[str, float]:
+    plan = {"trick": trick, "targets": targets, "steps": steps, "threads": bench.threads}
+    result: dict[str, float] = json.loads(run_child("train_ablation", plan).splitlines()[-1])
+    return result
 
 
 def report(
@@ -176,64 +180,35 @@ def report(
         bench.add(f"{trick.name}: {what}", samples, unit=unit, ratio=(WITHOUT, WITH), note=trick.note)
 
 
-def _in_a_process(trick: Trick | None, targets: str, steps: int, threads: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        name = "" if trick is None else trick.name
-        command = [sys.executable, "-m", "benchmarks.train_ablation", "--child", name, targets, str(steps)]
-        done = subprocess.run(
-            [*command, str(threads), str(out), folder], capture_output=True, text=True, cwd=HERE, check=False
-        )
-        if done.returncode:
-            raise SystemExit(f"{name or 'the whole'} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        result: dict[str, float] = json.loads(out.read_text())
-        return result
-
-
 # ---- in the child ---------------------------------------------------------------------------------------------------
-def child(name: str, targets: str, steps: int, threads: int, out: Path, folder: Path) -> None:
+def child(trick: str, targets: str, steps: int, threads: int) -> dict[str, float]:
+    """One run: seconds a step, and the peak in MB above the weights."""
     import torch
 
-    from lorakit.models import load_model, load_tokenizer
-    from lorakit.train import Recipe, train
+    from lorakit.models import load_tokenizer
+    from lorakit.train import train
 
     torch.set_num_threads(threads)
-    trick = next((trick for trick in TRICKS if trick.name == name), Trick("everything"))
-    recipe = Recipe.from_mapping(
-        {
-            "model": MODEL,
-            "adapter": {"method": "lora", "r": RANK, "alpha": ALPHA, "targets": targets},
-            "data": {"train": f"{DATA}/generate/e2e_nlg/train.jsonl.gz", "max_rows": {"train": ROWS * steps}},
-            "train": {
-                "max_steps": steps, "batch_rows": ROWS, "lr": LR, "schedule": "constant", "warmup": 0, "seed": SEED,
-                "max_length": LENGTH, "log_every": 1, **trick.train,
-            },
-            "output": str(folder / "run"),
-        }
-    )  # fmt: skip
-    tokenizer = load_tokenizer(MODEL)
-    model = load_model(MODEL, dtype="float32", device="cpu")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # not pages of a file that come and go
-    if trick.prepare is not None:
-        trick.prepare(model)
-    give_back()
-    before = resident("VmRSS")
-    forget_peak()
-    with ExitStack() as stack:
-        for where, what in trick.patches.items():
-            stack.enter_context(patch(where, what))
+    chosen = next((known for known in TRICKS if known.name == trick), Trick("everything"))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
+        recipe = recipe_for("e2e_nlg", steps, Path(folder), targets=targets, train=chosen.train)
+        tokenizer = load_tokenizer(MODEL)
+        model = fresh_model()
+        if chosen.prepare is not None:
+            chosen.prepare(model)
+        give_back()
+        before = resident("VmRSS")
+        forget_peak()
+        for where, what in chosen.patches.items():
+            patches.enter_context(patch(where, what))
         result = train(recipe, model=model, tokenizer=tokenizer)
-    peak = resident("VmHWM") - before
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    ends = [line["seconds"] for line in lines if "loss" in line]
-    out.write_text(json.dumps({"seconds": (ends[-1] - ends[WARM - 1]) / (steps - WARM), "peak": peak / 1e6}))
+        peak = resident("VmHWM") - before
+        ends = ends_of_steps(result.folder)
+        return {"seconds": (ends[-1] - ends[WARM - 1]) / (steps - WARM), "peak": peak / 1e6}
 
 
 if __name__ == "__main__":
     if "--child" in sys.argv:
-        at = sys.argv.index("--child")
-        given = sys.argv[at + 1 :]
-        child(given[0], given[1], int(given[2]), int(given[3]), Path(given[4]), Path(given[5]))
+        print(json.dumps(child(**json.loads(sys.argv[sys.argv.index("--child") + 1]))))
     else:
         main()

@@ -7,11 +7,8 @@ LORAKIT_DATA names the folder that holds ``generate/``.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,14 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import LORAKIT, PEFT, Aim, Benchmark, start
+from benchmarks.harness import LORAKIT, PEFT, Aim, Benchmark, run_child, start
 from benchmarks.qlora_memory import forget_peak, give_back, resident
+from benchmarks.training.run import ALPHA, LR, MODEL, RANK, ROWS, SEED, ends_of_steps, fresh_model, recipe_for
 
-MODEL, RANK, ALPHA, ROWS, LR, SEED = "smollm2", 8, 16, 16, 5e-4, 0
 STEPS, WARM = {"e2e_nlg": 16, "instruct_en": 8}, 2
-LENGTH = 256
-DATA = os.environ.get("LORAKIT_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
-HERE = Path(__file__).resolve().parent.parent
 
 
 def main(argv: Sequence[str] | None = None) -> Benchmark:
@@ -36,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
         runs: dict[str, list[dict[str, Any]]] = {LORAKIT: [], PEFT: []}
         for _ in range(bench.rounds(2) if not bench.quick else 1):
             for side, mine in runs.items():
-                mine.append(_in_a_process(side, name, steps, bench.threads))
+                plan = {"side": side, "name": name, "steps": steps, "threads": bench.threads}
+                mine.append(json.loads(run_child("train_throughput", plan).splitlines()[-1]))
         report(bench, name, runs)
     bench.finish()
     return bench
@@ -72,83 +67,47 @@ def report(bench: Benchmark, name: str, runs: dict[str, list[dict[str, Any]]]) -
     )  # fmt: skip
 
 
-def _in_a_process(side: str, name: str, steps: int, threads: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.train_throughput",
-            "--child",
-            side,
-            name,
-            str(steps),
-            str(threads),
-        ]
-        done = subprocess.run(
-            [*command, str(out), folder], capture_output=True, text=True, cwd=HERE, check=False
-        )
-        if done.returncode:
-            raise SystemExit(f"{side} on {name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        result: dict[str, Any] = json.loads(out.read_text())
-        return result
-
-
 # ---- in the child ---------------------------------------------------------------------------------------------------
-def child(side: str, name: str, steps: int, threads: int, out: Path, folder: Path) -> None:
+def child(side: str, name: str, steps: int, threads: int) -> dict[str, Any]:
+    """One side's run: what it taught, how long that took, its peak and its losses."""
     import torch
 
-    from lorakit.models import load_model, load_tokenizer
-    from lorakit.train import Recipe
+    from lorakit.models import load_tokenizer
     from lorakit.train.batches import plan_run
     from lorakit.train.tasks.causal_lm import CausalLm
 
     torch.set_num_threads(threads)
-    recipe = Recipe.from_mapping(
-        {
-            "model": MODEL,
-            "adapter": {"method": "lora", "r": RANK, "alpha": ALPHA, "targets": "all-linear"},
-            "data": {
-                split: f"{DATA}/generate/{name}/{split}.jsonl.gz" for split in ("train", "valid")
-            } | {"max_rows": {"train": ROWS * steps, "valid": 64}},
-            "train": {
-                "max_steps": steps, "batch_rows": ROWS, "lr": LR, "schedule": "constant", "warmup": 0, "seed": SEED,
-                "max_length": LENGTH, "log_every": 1,
-            },
-            "output": str(folder / "run"),
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        recipe = recipe_for(name, steps, folder, valid=64)
+        tokenizer = load_tokenizer(MODEL)
+        task = CausalLm(recipe)
+        rows = task.rows(tokenizer, "train").rows
+        valid = task.rows(tokenizer, "valid").rows
+        model = fresh_model()
+        batches = plan_run(recipe.train, rows, False)
+        learnt = [sum(label != -100 for i in batch for label in rows[i].labels[1:]) for batch in batches]
+        first_rate = gemm_rate()
+        give_back()
+        before = resident("VmRSS")
+        forget_peak()
+        run = _lorakit if side == LORAKIT else _peft
+        losses, times, model = run(
+            recipe, model, tokenizer, [[rows[i] for i in batch] for batch in batches], folder
+        )
+        peak = resident("VmHWM") - before
+        # A processor that has worked for minutes is not as fast as it was at first, and neighbours come and go.
+        rate = (first_rate + gemm_rate()) / 2
+        tokens = [sum(len(rows[i].ids) for i in batch) for batch in batches]
+        return {
+            "seconds": sum(times[WARM:]),
+            "learnt": sum(learnt[WARM:]),
+            "limit": least_flops(model, sum(tokens[WARM:]), sum(learnt[WARM:])) / rate,
+            "peak": peak,
+            "losses": losses,
+            "valid": loss_on(model, tokenizer, valid),
+            "rate": rate,
         }
-    )  # fmt: skip
-    tokenizer = load_tokenizer(MODEL)
-    task = CausalLm(recipe)
-    rows = task.rows(tokenizer, "train").rows
-    valid = task.rows(tokenizer, "valid").rows
-    model = load_model(MODEL, dtype="float32", device="cpu")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # not pages of a file that come and go
-    batches = plan_run(recipe.train, rows, False)
-    learnt = [sum(label != -100 for i in batch for label in rows[i].labels[1:]) for batch in batches]
-    first_rate = gemm_rate()
-    give_back()
-    before = resident("VmRSS")
-    forget_peak()
-    run = _lorakit if side == LORAKIT else _peft
-    losses, times, model = run(
-        recipe, model, tokenizer, [[rows[i] for i in batch] for batch in batches], folder
-    )
-    peak = resident("VmHWM") - before
-    # A processor that has worked for minutes is not as fast as it was at first, and neighbours come and go.
-    rate = (first_rate + gemm_rate()) / 2
-    tokens = [sum(len(rows[i].ids) for i in batch) for batch in batches]
-    result = {
-        "seconds": sum(times[WARM:]),
-        "learnt": sum(learnt[WARM:]),
-        "limit": least_flops(model, sum(tokens[WARM:]), sum(learnt[WARM:])) / rate,
-        "peak": peak,
-        "losses": losses,
-        "valid": loss_on(model, tokenizer, valid),
-        "rate": rate,
-    }
-    out.write_text(json.dumps(result))
 
 
 def gemm_rate() -> float:
@@ -185,8 +144,7 @@ def _lorakit(
 
     without_valid = recipe.model_copy(update={"data": recipe.data.model_copy(update={"valid": None})})
     result = train(without_valid, model=model, tokenizer=tokenizer)
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    ends = [line["seconds"] for line in lines if "loss" in line]
+    ends = ends_of_steps(result.folder)
     return list(result.losses), [b - a for a, b in zip([0.0, *ends], ends, strict=False)], result.model
 
 
@@ -249,13 +207,6 @@ def loss_on(model: Any, tokenizer: Any, rows: Any) -> float:
 
 if __name__ == "__main__":
     if "--child" in sys.argv:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--child", nargs=4)
-        parser.add_argument("out", type=Path)
-        parser.add_argument("folder", type=Path)
-        given = parser.parse_args()
-        child(
-            given.child[0], given.child[1], int(given.child[2]), int(given.child[3]), given.out, given.folder
-        )
+        print(json.dumps(child(**json.loads(sys.argv[sys.argv.index("--child") + 1]))))
     else:
         main()
