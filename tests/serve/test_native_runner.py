@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import lorakit as lk
+from lorakit.core.adapter import AdapterState
 from lorakit.errors import AdapterIncompatibleError, ConfigError, ModelError
 from lorakit.ops.native.decoder import Kernel, PackedWeight, kernel
 from lorakit.serve.native_runner import NativeRunner
@@ -267,12 +268,96 @@ def test_the_context_is_that_of_the_other_runner():
     assert NativeRunner(model, kv_tokens=4096).context == other.context == 128
 
 
-def test_prepared_adapters_are_let_go_of():
+def test_a_plain_lora_takes_no_memory_beside_its_tensors():
     model = model_of("llama")
     version = version_of(model, "all linear")
     runner = NativeRunner(model, kv_tokens=4096)
     runner.prepare(version)
-    assert 0 < runner.prepared_bytes(version) <= 1.2 * version.bytes
+    assert runner.prepared_bytes(version) == 0
+    before = [t.clone() for _, _, t in version.state.all_tensors()]
+    for _ in steps_of(runner, [version, None, version]):
+        pass
+    assert all(torch.equal(a, t) for a, (_, _, t) in zip(before, version.state.all_tensors(), strict=True))
+
+
+@pytest.mark.parametrize("r", [1, 3, 4, 7, 8, 12, 16, 17, 32, 33, 48, 60])
+def test_every_rank(r):
+    """Those that fill a vector, or several rows of which do, go other ways than the rest; so do few and many rows."""
+    model = model_of("llama-bias")
+    ADAPTERS["this rank"] = (lk.LoRA(r=r, alpha=r), ["q_proj", "o_proj", "gate_proj"])
+    try:
+        versions = [version_of(model, "this rank", seed) for seed in range(3)]
+    finally:
+        del ADAPTERS["this rank"]
+    same(model, [versions[0], None, versions[1], versions[1], versions[2]])
+
+
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+def test_a_row_is_the_same_to_the_last_bit_whatever_else_is_in_the_step(storage):
+    model = model_of("llama")
+    one, other = version_of(model, "all linear"), version_of(model, "DoRA", 1)
+    runner = NativeRunner(model, kv_tokens=8192, threads=1, storage=storage)
+    for version in (one, other):
+        runner.prepare(version)
+    tokens = torch.arange(7, 20)
+
+    def logits(before, after):
+        """Of one text beside texts of one token."""
+        owners = [*before, one, *after]
+        pieces, segments, rows, start = [], [], [], 0
+        for i, owner in enumerate(owners):
+            mine = tokens if i == len(before) else tokens[i % 5 :][:1]
+            rows.append(mine)
+            pieces.append(Piece(start, start + len(mine), 0, runner.arena.reserve(64)))
+            if segments and segments[-1].version is owner:
+                segments[-1] = segments[-1]._replace(end=start + len(mine))
+            else:
+                segments.append(Segment(start, start + len(mine), owner))
+            start += len(mine)
+        where = pieces[len(before)].start
+        last = torch.arange(where, where + len(tokens))
+        positions = torch.cat([torch.arange(len(row)) for row in rows])
+        found = runner.step(StepBatch(torch.cat(rows), positions, segments, pieces, last))
+        for piece in pieces:
+            piece.slab.free()
+        return found
+
+    alone = logits([], [])
+    for before, after in (([None], []), ([], [one] * 9), ([None] * 30, [one, one, other]), ([other], [])):
+        assert torch.equal(logits(before, after), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_are_read_in_the_dtype_of_their_file(dtype):
+    """Every finite number means what torch says it means, and nothing is copied."""
+    model = model_of("llama")
+    version = version_of(model, "all linear")
+    tensors = {
+        path: {name: t.to(dtype) for name, t in group.items()}
+        for path, group in version.state.tensors.items()
+    }
+    tiny = torch.finfo(dtype).smallest_normal
+    first = tensors["model.layers.0.self_attn.q_proj"]["lora_A"]
+    first[0, :4] = torch.tensor([0.0, -0.0, tiny / 4, -tiny]).to(dtype)
+    state = version.state
+    rounded = AdapterVersion("rounded", AdapterState(state.spec, tensors), "rounded", 1, 0, 5, "made")
+    wide = {p: {name: t.float() for name, t in group.items()} for p, group in tensors.items()}
+    plain = AdapterVersion("wide", AdapterState(state.spec, wide), "wide", 1, 0, 5, "made")
+    runner = NativeRunner(model, kv_tokens=8192, threads=1)
+    for one in (rounded, plain):
+        runner.prepare(one)
+    assert runner.prepared_bytes(rounded) == 0
+    found = list(steps_of(runner, [rounded, None, rounded]))
+    want = list(steps_of(runner, [plain, None, plain]))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_prepared_adapters_are_let_go_of():
+    model = model_of("llama")
+    version = version_of(model, "DoRA")
+    runner = NativeRunner(model, kv_tokens=4096)
+    runner.prepare(version)
+    assert 0 < runner.prepared_bytes(version) < version.bytes
     runner.forget(version)
     runner.forget(version)
     assert runner.prepared_bytes(version) == 0

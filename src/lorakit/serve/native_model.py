@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import ModelError
 from lorakit.ops.native.decoder import DecoderLayer, DecoderSizes, Kernel, PackedWeight
+from lorakit.ops.native.pages import Together
 from lorakit.serve.kv import BLOCK
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def read_model(model: PreTrainedModel, kernel: Kernel, storage: Storage) -> Nati
     """
     config: Any = model.config
     gemma = config.model_type == "gemma"
+    pages = Together()
     layers: list[DecoderLayer] = []
     places: dict[str, Place] = {}
     for i, layer in enumerate(model.model.layers):
@@ -103,7 +105,9 @@ def read_model(model: PreTrainedModel, kernel: Kernel, storage: Storage) -> Nati
         for site, (prefix, owner, names) in enumerate(groups):
             parts = [getattr(owner, name) for name in names]
             pairs = [(part.weight, part.bias) for part in parts]
-            weights.append(PackedWeight(pairs, kernel.width, storage, alternating=names == _GATE_UP))
+            weights.append(
+                PackedWeight(pairs, kernel.width, storage, alternating=names == _GATE_UP, pages=pages)
+            )
             for part, name in enumerate(names):
                 places[f"{prefix}.{name}"] = Place(4 * i + site, part)
         norms = [_norm(layer.input_layernorm, gemma), _norm(layer.post_attention_layernorm, gemma)]
@@ -131,7 +135,7 @@ def read_model(model: PreTrainedModel, kernel: Kernel, storage: Storage) -> Nati
     last = _norm(model.model.norm, gemma)
     assert last is not None
     places["lm_head"] = Place(4 * len(layers), 0)
-    packed_head = PackedWeight([(head.weight, head.bias)], kernel.width, storage)
+    packed_head = PackedWeight([(head.weight, head.bias)], kernel.width, storage, pages=pages)
     return NativeModel(sizes, layers, last, packed_head, places, "model.embed_tokens")
 
 

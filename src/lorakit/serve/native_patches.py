@@ -1,8 +1,11 @@
-"""An adapter as patches of the compiled step: factors, gains and shifts for each weight."""
+"""An adapter as patches of the compiled step: factors, gains and shifts for each weight.
+
+Factors of plain LoRA are used where the adapter's state has them, so being ready to run takes no memory and no time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,17 +29,12 @@ class Prepared:
     Attributes:
         patches: At the weights.
         lookup: At the embedding; None when it leaves that alone.
+        nbytes: Of what is kept beside the adapter's own tensors.
     """
 
     patches: Patches
     lookup: Change | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        lookup = self.lookup
-        more = () if lookup is None else (lookup.A, lookup.B, lookup.gain)
-        return self.patches.nbytes + sum(t.nbytes for t in more if t is not None)
+    nbytes: int
 
 
 def prepare_patches(name: str, state: AdapterState, model: NativeModel, embedding: Tensor) -> Prepared:
@@ -51,7 +49,7 @@ def prepare_patches(name: str, state: AdapterState, model: NativeModel, embeddin
     Raises:
         AdapterIncompatibleError: It changes something that patches cannot say.
     """
-    state = state.plain()
+    given, state = state, state.plain()
     weights = (*(weight for layer in model.layers for weight in layer.weights), model.head)
     changes: list[list[Change | None]] = [[None] * len(weight.sizes) for weight in weights]
     lookup: Change | None = None
@@ -75,13 +73,21 @@ def prepare_patches(name: str, state: AdapterState, model: NativeModel, embeddin
         changes[place.weight][place.part] = _change(
             name, path, method, shape, p, partial(weight.part, place.part)
         )
-    return Prepared(Patches(changes, weights), lookup)
+    patches = Patches(changes, weights)
+    more = () if lookup is None else (lookup.A, lookup.B, lookup.gain)
+    return Prepared(patches, lookup, _bytes_beside(given, [*patches.tensors, *more]))
+
+
+def _bytes_beside(state: AdapterState, kept: Sequence[Tensor | None]) -> int:
+    """Bytes that are kept and are not the state's own."""
+    own = {tensor.untyped_storage().data_ptr() for _, _, tensor in state.all_tensors()}
+    return sum(t.nbytes for t in kept if t is not None and t.untyped_storage().data_ptr() not in own)
 
 
 def add_to_lookup(x: Tensor, tokens: Tensor, change: Change) -> None:
     """Change embedded ``tokens`` ``(rows, hidden)`` in place."""
     if change.A is not None and change.B is not None:
-        x.addmm_(change.A[:, tokens].T, change.B.T)
+        x.addmm_(change.A[:, tokens].T.float(), change.B.T.float(), alpha=change.scale)
     if change.gain is not None:
         x.mul_(change.gain)
 
@@ -95,9 +101,8 @@ def _change(
             f"{name!r} has {method.name} at {path!r}, which is no low-rank change of a plain layer; {_OTHER_WAY}."
         )
     A, B, scale = inner.factors(shape, p)
-    A, B = A.float(), B.float() * scale
     # Of the target a low-rank method needs no more than its shape.
     if isinstance(method, DoRA):
         norms = method.norms(shape, p, base())  # type: ignore[arg-type]
-        return Change(A, B, gain=p["magnitude"].float() / norms)
-    return Change(A, B, shift=inner.bias_delta(shape, p))  # type: ignore[arg-type]
+        return Change(A, B, scale, gain=p["magnitude"].float() / norms)
+    return Change(A, B, scale, shift=inner.bias_delta(shape, p))  # type: ignore[arg-type]

@@ -19,15 +19,22 @@ struct Weight {
   int64_t in, count;
 };
 
-// What an adapter changes at a weight: Y = gain * (X Wᵀ + X Aᵀ Bᵀ) + shift + bias, with the scaling in B.
+// A factor as its file has it.
+struct Factor {
+  const void* entries;
+  int64_t kind;  // of number: 0 float32, 1 bfloat16, 2 float16
+};
+
+// What an adapter changes at a weight: Y = gain * (X Wᵀ + scale * X Aᵀ Bᵀ) + shift + bias, the product part by part.
 struct Patch {
-  const float* A;      // (rank, in): the factors of all parts, one below the other
+  Factor A[3];         // (rank of the part, in)
+  Factor B[3];         // (outputs of the part, its rank)
+  double scale[3];
+  int64_t ranks[3];    // 0: nothing to add
+  int64_t offset[3];   // where a part's short row begins in that of all parts
+  int64_t rank;        // their sum
   const float* gain;   // (count, WIDTH), or null
   const float* shift;  // (count, WIDTH), or null
-  int64_t rank;        // 0: nothing to add
-  int64_t offset[3];   // of each part: its first row of A
-  int64_t ranks[3];    // its rows
-  const float* B[3];   // (blocks of the part, its rank, WIDTH)
 };
 
 // Neighbouring rows with the same adapter; patches: one for each weight (4 a layer, then the head), null for the base.
@@ -61,6 +68,7 @@ struct Step {
   const Segment* last_segments;  // the same over `last`
   float* logits;             // (n_last, vocabulary)
   float *normed, *qkv, *seen, *acted, *short_rows;  // (rows, ..) scratch; short_rows has `widest_rank` columns
+  float* columns;            // (rows, widest input), for float32
   int8_t* codes;             // (rows, widest input), for int8
   float* code_scales;        // (rows, widest input / 32)
   int32_t* code_sums;        // the same

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorakit.ops.native.load import LIBRARY, Status, status
+from lorakit.ops.native.pages import Together
 
 SITES = ("qkv", "out", "gate_up", "down")
 MOST_PARTS = 3
 GROUP = 32  # codes of int8 that share a scale
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of numbers in a factor
 _SHORT_ROWS = 4  # which part of the scratch
 
 
@@ -30,15 +32,17 @@ class _Weight(Structure):
     ]
 
 
+class _Factor(Structure):
+    _fields_ = [("entries", c_void_p), ("kind", c_int64)]
+
+
 class _Patch(Structure):
     _fields_ = [
-        ("A", c_void_p),
-        ("gain", c_void_p),
-        ("shift", c_void_p),
+        *((name, _Factor * MOST_PARTS) for name in ("A", "B")),
+        ("scale", c_double * MOST_PARTS),
+        *((name, c_int64 * MOST_PARTS) for name in ("ranks", "offset")),
         ("rank", c_int64),
-        ("offset", c_int64 * MOST_PARTS),
-        ("ranks", c_int64 * MOST_PARTS),
-        ("B", c_void_p * MOST_PARTS),
+        *((name, c_void_p) for name in ("gain", "shift")),
     ]
 
 
@@ -70,8 +74,8 @@ class _Step(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "cos", "sin", "pieces", "last")),
         *((name, POINTER(_Segment)) for name in ("segments", "last_segments")),
-        *((name, c_void_p) for name in ("logits", "normed", "qkv", "seen", "acted", "short_rows", "codes")),
-        *((name, c_void_p) for name in ("code_scales", "code_sums")),
+        *((name, c_void_p) for name in ("logits", "normed", "qkv", "seen", "acted", "short_rows")),
+        *((name, c_void_p) for name in ("columns", "codes", "code_scales", "code_sums")),
         *((name, c_int64) for name in ("rows", "n_pieces", "n_last", "n_segments", "n_last_segments")),
         *((name, c_int64) for name in ("widest_rank", "threads")),
     ]
@@ -108,6 +112,7 @@ class PackedWeight:
         storage: ``"fp32"``; or ``"int8"``: codes, of which each group of 32 inputs of an output has a scale of its
             own, 127 for its largest entry.
         alternating: Whether the blocks of two parts of the same size take turns: the gate's and what it lets through.
+        pages: Where it is put.
     """
 
     def __init__(
@@ -116,7 +121,9 @@ class PackedWeight:
         width: int,
         storage: Literal["fp32", "int8"] = "fp32",
         alternating: bool = False,
+        pages: Together | None = None,
     ) -> None:
+        pages = Together(0) if pages is None else pages
         self.width, self.sizes = width, tuple(W.shape[0] for W, _ in parts)
         self.in_ = parts[0][0].shape[1]
         places: list[tuple[int, int, int, int]] = []
@@ -144,9 +151,9 @@ class PackedWeight:
         )
         self.blocks = self.codes = self.scales = None
         if storage == "fp32":
-            self.blocks = stacked.transpose(1, 2).contiguous()
+            self.blocks = pages.copied(stacked.transpose(1, 2))
         else:
-            self.codes, self.scales = _codes(stacked)
+            self.codes, self.scales = map(pages.copied, _codes(stacked))
         self.structure = _Weight(
             _pointer(self.blocks),
             _pointer(self.codes),
@@ -178,23 +185,27 @@ class PackedWeight:
 
 @dataclass
 class Change:
-    """What an adapter does to one part of a weight: ``gain * (W x + B A x) + shift + bias``, with the scaling in ``B``.
+    """What an adapter does to one part of a weight: ``gain * (W x + scale * B A x) + shift + bias``.
 
     Attributes:
         A: ``(r, in)``, or None.
         B: ``(out, r)``, or None.
+        scale: What the product is multiplied with.
         gain: ``(out,)``, or None.
         shift: ``(out,)``, or None.
     """
 
     A: Tensor | None = None
     B: Tensor | None = None
+    scale: float = 1.0
     gain: Tensor | None = None
     shift: Tensor | None = None
 
 
 class Patches:
     """All that an adapter changes: for each weight of a decoder, for each part, a `Change` or None.
+
+    Factors are read where they are: those in float32, bfloat16 or float16 that lie in rows without gaps are not copied.
 
     Args:
         changes: One entry for each of the weights, in the order of the sites of each layer, then the head.
@@ -210,21 +221,16 @@ class Patches:
             self._fill(structure, parts, weight)
 
     def _fill(self, structure: _Patch, parts: Sequence[Change | None], weight: PackedWeight) -> None:
-        shrinks: list[Tensor] = []
         rank = 0
         for part, change in enumerate(parts):
             if change is None or change.A is None or change.B is None:
                 continue
-            r = change.A.shape[0]
-            structure.offset[part], structure.ranks[part] = rank, r
-            structure.B[part] = _pointer(self._keep(_in_blocks(change.B, weight.width)))
-            shrinks.append(change.A.to(torch.float32))
-            rank += r
+            structure.A[part], structure.B[part] = self._factor(change.A), self._factor(change.B)
+            structure.scale[part], structure.ranks[part] = change.scale, change.A.shape[0]
+            structure.offset[part] = rank
+            rank += change.A.shape[0]
         structure.rank = rank
         self.widest_rank = max(self.widest_rank, rank)
-        if shrinks:
-            stacked = shrinks[0] if len(shrinks) == 1 else torch.cat(shrinks)
-            structure.A = _pointer(self._keep(stacked.contiguous()))
         for name, nothing in (("gain", 1.0), ("shift", 0.0)):
             vectors = [None if change is None else getattr(change, name) for change in parts]
             if any(vector is not None for vector in vectors):
@@ -234,14 +240,13 @@ class Patches:
                 ]
                 setattr(structure, name, _pointer(self._keep(torch.cat(whole)[weight.order].contiguous())))
 
+    def _factor(self, factor: Tensor) -> _Factor:
+        kept = factor.detach().to("cpu", factor.dtype if factor.dtype in _KINDS else torch.float32)
+        return _Factor(_pointer(self._keep(kept.contiguous())), _KINDS[kept.dtype])
+
     def _keep(self, tensor: Tensor) -> Tensor:
         self.tensors.append(tensor)
         return tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(t.nbytes for t in self.tensors)
 
 
 @dataclass
@@ -397,13 +402,15 @@ class NativeDecoder:
             return kept
         if kept:
             rows, rank = max(rows, kept[0].shape[0]), max(rank, kept[_SHORT_ROWS].shape[1])
-        groups = -(-max(s.hidden, s.middle, s.heads * s.head_dim) // GROUP)
+        widest = max(s.hidden, s.middle, s.heads * s.head_dim)
+        groups = -(-widest // GROUP)
         self._scratch = (
             torch.empty(rows, s.hidden),
             torch.empty(rows, (s.heads + 2 * s.kv_heads) * s.head_dim),
             torch.empty(rows, s.heads * s.head_dim),
             torch.empty(rows, s.middle),
             torch.empty(rows, rank),
+            torch.empty(rows, widest),
             torch.empty(rows, groups * GROUP, dtype=torch.int8),
             torch.empty(rows, groups),
             torch.empty(rows, groups, dtype=torch.int32),
@@ -418,14 +425,6 @@ def _segments(rows: Sequence[Rows]) -> Any:
         if part.patches is not None:
             structure.patches = ctypes.cast(part.patches.structures, POINTER(_Patch))
     return made
-
-
-def _in_blocks(B: Tensor, width: int) -> Tensor:
-    """``(out, r)`` as ``(blocks, r, width)``."""
-    out, r = B.shape
-    count = -(-out // width)
-    padded = functional.pad(B.detach().to("cpu", torch.float32), (0, 0, 0, count * width - out))
-    return padded.view(count, width, r).transpose(1, 2).contiguous()
 
 
 def _vector_in_blocks(v: Tensor, width: int) -> Tensor:

@@ -44,6 +44,8 @@ MADE_OF = (
     "training.h",
     "training.cpp",
     "decoder.h",
+    "team.h",
+    "patches.h",
     "decoder.cpp",
     "build.py",
 )

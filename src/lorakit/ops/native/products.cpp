@@ -12,6 +12,7 @@ namespace {
 // Tiles of sums that stay in registers: DOT_ROWS x DOT_COLUMNS dot products, SUM_ROWS x SUM_VECTORS vectors of sums.
 constexpr int DOT_ROWS = MANY_REGISTERS ? 6 : 2;
 constexpr int DOT_COLUMNS = 4;
+constexpr int FEW_ROWS = 2;
 constexpr int SUM_ROWS = MANY_REGISTERS ? 8 : 4;
 constexpr int SUM_VECTORS = 2;
 // Long rows are worked through in pieces of this length, for all tokens at hand: then the rows of a tile stay in the
@@ -22,11 +23,15 @@ constexpr int64_t ROWS_AT_ONCE = 64;
 
 // ---- dot products of rows ----------------------------------------------------------------------------------------
 // sums[i][j] += X[i] . M[j] over WIDTH entries, or over the first `count` of them.
-template <bool PART, int ROWS, int COLUMNS>
-INLINE void add_products(Vector (&sums)[ROWS][COLUMNS], const float* x, int64_t x_step, const float* m,
-                         int64_t m_step, int64_t count) {
+template <bool PART, int ROWS, int COLUMNS, class M>
+INLINE void add_products(Vector (&sums)[ROWS][COLUMNS], const float* x, int64_t x_step, const M* m, int64_t m_step,
+                         int64_t count) {
   Vector b[COLUMNS];
-  for (int j = 0; j < COLUMNS; ++j) b[j] = load<PART>(m + j * m_step, count);
+  for (int j = 0; j < COLUMNS; ++j) {
+    // With few rows it is the reading that takes the time: what the next tile needs is asked for.
+    if constexpr (ROWS <= FEW_ROWS) __builtin_prefetch(m + (j + COLUMNS) * m_step);
+    b[j] = load<PART>(m + j * m_step, count);
+  }
   for (int i = 0; i < ROWS; ++i) {
     const Vector a = load<PART>(x + i * x_step, count);
     for (int j = 0; j < COLUMNS; ++j) sums[i][j] += a * b[j];
@@ -34,8 +39,8 @@ INLINE void add_products(Vector (&sums)[ROWS][COLUMNS], const float* x, int64_t 
 }
 
 // H[i, j] (+)= scale * X[i] . M[j] over `n` entries, for ROWS rows of X and COLUMNS rows of M.
-template <int ROWS, int COLUMNS>
-INLINE void dot_tile(const float* x, int64_t x_step, const float* m, int64_t m_step, int64_t n, float scale, bool add,
+template <int ROWS, int COLUMNS, class M>
+INLINE void dot_tile(const float* x, int64_t x_step, const M* m, int64_t m_step, int64_t n, float scale, bool add,
                      float* h, int64_t h_step) {
   Vector sums[ROWS][COLUMNS];
   clear(sums);
@@ -106,8 +111,8 @@ inline void sum_rows(const float* l, int64_t l_row, int64_t l_column, const M* m
 }  // namespace
 
 // ---- the three products ------------------------------------------------------------------------------------------
-template <class X>
-void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float scale,
+template <class X, class M>
+void project(const X* x, const M* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float scale,
              float* h) {
   alignas(64) float copy[DOT_ROWS * PIECE];
   for (int64_t k = 0; k < n; k += PIECE) {
@@ -141,6 +146,8 @@ void collect(const float* h, const X* x, int64_t rows, int64_t n, int64_t r, int
 
 template void project(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
 template void project(const bfloat16*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
+template void project(const float*, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
+template void project(const float*, const float16*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
 template void expand(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float*, int64_t);
 template void expand(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bfloat16*, int64_t);
 template void collect(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);

@@ -19,10 +19,14 @@ constexpr int64_t COLUMNS_AT_ONCE = 64;
 struct bfloat16 {
   uint16_t bits;
 };
+// A number of IEEE's half precision.
+struct float16 {
+  uint16_t bits;
+};
 
-// The columns `begin` to `end` of H = scale * X Mᵀ, for X (rows x n).
-template <class X>
-void project(const X* x, const float* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float scale,
+// The columns `begin` to `end` of H = scale * X Mᵀ, for X (rows x n), one of the two in float32.
+template <class X, class M>
+void project(const X* x, const M* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float scale,
              float* h);
 
 // The columns `begin` to `end` of Y = H M, or Y += H M, for Y (rows x n); each entry is rounded once.

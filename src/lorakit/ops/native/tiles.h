@@ -15,25 +15,58 @@ namespace lorakit {
 // Rows of a tile, which is two blocks wide.
 constexpr int TILE_ROWS = MANY_REGISTERS ? 12 : 6;
 constexpr int TILE_BLOCKS = 2;
+// Rows of a tile that is one block wide.
+constexpr int TALL_ROWS = MANY_REGISTERS ? 28 : 12;
+// Rows of a weight that are asked for before they are needed.
+constexpr int64_t ROWS_AHEAD = 128;
+
+struct Nothing {
+  void operator()(int64_t) const {}
+};
 
 // sums[i, j] += X[i] . W_j over n entries of ROWS rows: W_j is (n, WIDTH) with `w_step` between its rows. The rows of `sums` lie
-// `sum_step` apart.
-template <int ROWS, int BLOCKS>
+// `sum_step` apart. `meanwhile(k)` is called for each entry. X is (ROWS, n) with `x_step` between its rows or, where it is
+// COLUMNAR, (n, ROWS): then one register is enough to find all that a step needs.
+template <int ROWS, int BLOCKS, bool COLUMNAR = false, class Meanwhile = Nothing>
 inline void accumulate(const float* x, int64_t x_step, const float* const* w, int64_t w_step, int64_t n, float* sums,
-                       int64_t sum_step) {
+                       int64_t sum_step, const Meanwhile& meanwhile = {}) {
+  // Unrolled, the sums are registers; a compiler does not unroll so many turns of a loop by itself.
   Vector tile[ROWS][BLOCKS];
+#pragma GCC unroll 32
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < BLOCKS; ++j) tile[i][j] = load(sums + i * sum_step + j * WIDTH);
   for (int64_t k = 0; k < n; ++k) {
+    meanwhile(k);
     Vector b[BLOCKS];
-    for (int j = 0; j < BLOCKS; ++j) b[j] = load(w[j] + k * w_step);
+    for (int j = 0; j < BLOCKS; ++j) {
+      __builtin_prefetch(w[j] + (k + ROWS_AHEAD) * w_step, 0, 2);
+      b[j] = load(w[j] + k * w_step);
+    }
+#pragma GCC unroll 32
     for (int i = 0; i < ROWS; ++i) {
-      const float a = x[i * x_step + k];
+      const float a = COLUMNAR ? x[k * ROWS + i] : x[i * x_step + k];
       for (int j = 0; j < BLOCKS; ++j) tile[i][j] += a * b[j];
     }
   }
+#pragma GCC unroll 32
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < BLOCKS; ++j) store(sums + i * sum_step + j * WIDTH, tile[i][j]);
+}
+
+// Rows of a tile, (rows, n) without gaps, as (n, rows).
+inline void to_columns(const float* x, int64_t rows, int64_t n, float* columns) {
+  for (int64_t i = 0; i < rows; i += WIDTH) {
+    const int64_t some = std::min<int64_t>(WIDTH, rows - i);
+    for (int64_t k = 0; k < n; k += WIDTH) {
+      const int64_t count = std::min<int64_t>(WIDTH, n - k);
+      Vector square[WIDTH] = {};
+      for (int j = 0; j < WIDTH; ++j)
+        if (j < some) square[j] = load<true>(x + (i + j) * n + k, count);
+      mirror(square);
+      for (int j = 0; j < WIDTH; ++j)
+        if (j < count) store<true>(columns + (k + j) * rows + i, square[j], some);
+    }
+  }
 }
 
 // ---- int8 --------------------------------------------------------------------------------------------------------
@@ -100,39 +133,34 @@ struct CodeRows {
 
 // sums[i, j] = X[i] . W_j: the products of codes are exact, each group of them is scaled and added in float32.
 // W_j: codes (n / 4, WIDTH, 4) and scales (n / CODES_AT_ONCE, WIDTH).
-template <int ROWS, int BLOCKS>
+// `meanwhile(g)` is called for each group.
+template <int ROWS, int BLOCKS, class Meanwhile>
 inline void multiply_codes(const CodeRows& x, const int8_t* const* w, const float* const* scales, float* sums,
-                           int64_t sum_step) {
-  if constexpr (ROWS > CODE_ROWS) {
-    const int64_t groups = x.n / CODES_AT_ONCE;
-    const CodeRows rest{x.codes + CODE_ROWS * x.n, x.scales + CODE_ROWS * groups, x.sums + CODE_ROWS * groups, x.n};
-    multiply_codes<CODE_ROWS, BLOCKS>(x, w, scales, sums, sum_step);
-    multiply_codes<ROWS - CODE_ROWS, BLOCKS>(rest, w, scales, sums + CODE_ROWS * sum_step, sum_step);
-  } else {
-    const int64_t groups = x.n / CODES_AT_ONCE;
-    Vector totals[ROWS][BLOCKS] = {};
-    for (int64_t g = 0; g < groups; ++g) {
-      Whole tile[ROWS][BLOCKS];
-      for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < BLOCKS; ++j) tile[i][j] = Whole{} - SHIFT * x.sums[i * groups + g];
-      for (int64_t k = g * CODES_AT_ONCE; k < (g + 1) * CODES_AT_ONCE; k += 4) {
-        Codes b[BLOCKS];
-        for (int j = 0; j < BLOCKS; ++j) b[j] = load_codes(w[j] + k * WIDTH);
-        for (int i = 0; i < ROWS; ++i) {
-          int32_t a;
-          std::memcpy(&a, x.codes + i * x.n + k, 4);
-          for (int j = 0; j < BLOCKS; ++j) tile[i][j] = add_fours(tile[i][j], a, b[j]);
-        }
-      }
-      for (int j = 0; j < BLOCKS; ++j) {
-        const Vector worth = load(scales[j] + g * WIDTH);
-        for (int i = 0; i < ROWS; ++i)
-          totals[i][j] += __builtin_convertvector(tile[i][j], Vector) * (x.scales[i * groups + g] * worth);
+                           int64_t sum_step, const Meanwhile& meanwhile) {
+  const int64_t groups = x.n / CODES_AT_ONCE;
+  Vector totals[ROWS][BLOCKS] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    meanwhile(g);
+    Whole tile[ROWS][BLOCKS];
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < BLOCKS; ++j) tile[i][j] = Whole{} - SHIFT * x.sums[i * groups + g];
+    for (int64_t k = g * CODES_AT_ONCE; k < (g + 1) * CODES_AT_ONCE; k += 4) {
+      Codes b[BLOCKS];
+      for (int j = 0; j < BLOCKS; ++j) b[j] = load_codes(w[j] + k * WIDTH);
+      for (int i = 0; i < ROWS; ++i) {
+        int32_t a;
+        std::memcpy(&a, x.codes + i * x.n + k, 4);
+        for (int j = 0; j < BLOCKS; ++j) tile[i][j] = add_fours(tile[i][j], a, b[j]);
       }
     }
-    for (int i = 0; i < ROWS; ++i)
-      for (int j = 0; j < BLOCKS; ++j) store(sums + i * sum_step + j * WIDTH, totals[i][j]);
+    for (int j = 0; j < BLOCKS; ++j) {
+      const Vector worth = load(scales[j] + g * WIDTH);
+      for (int i = 0; i < ROWS; ++i)
+        totals[i][j] += __builtin_convertvector(tile[i][j], Vector) * (x.scales[i * groups + g] * worth);
+    }
   }
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < BLOCKS; ++j) store(sums + i * sum_step + j * WIDTH, totals[i][j]);
 }
 
 // A row of n entries as codes: in each group the largest is 127. The last group is filled up with zeros.

@@ -7,6 +7,10 @@
 
 #include "products.h"
 
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace lorakit {
 
 // One vector register of float32. 32 registers hold larger tiles of sums than 16 do.
@@ -44,6 +48,29 @@ inline Vector load(const bfloat16* p) {
   return reinterpret_cast<Vector>(bits);
 }
 
+#if defined(__AVX512F__)
+inline Vector load(const float16* p) {
+  return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+#elif defined(__AVX__) && defined(__F16C__)
+inline Vector load(const float16* p) {
+  return reinterpret_cast<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+#else
+// The exponent is raised by 112 as a float32 does it: a product with 2 to the power of 112 takes the numbers below the
+// normal ones along. Infinities and NaN keep the largest exponent.
+inline Vector load(const float16* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  const Bits bits = __builtin_convertvector(halves, Bits);
+  const Bits shifted = (bits & 0x7fff) << 13;
+  const Vector raised = reinterpret_cast<Vector>(shifted) * 0x1p112f;
+  const Bits endless = reinterpret_cast<Bits>(shifted >= (0x7c00u << 13));
+  const Bits sign = (bits & 0x8000) << 16;
+  return reinterpret_cast<Vector>((reinterpret_cast<Bits>(raised) | (endless & 0x7f800000)) | sign);
+}
+#endif
+
 inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
 
 // Round to nearest, ties to even, as torch does; a NaN stays one.
@@ -59,6 +86,10 @@ inline void store(bfloat16* p, Vector v) {
 template <bool PART, class T>
 inline Vector load(const T* p, int64_t count) {
   if constexpr (!PART) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return reinterpret_cast<Vector>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
+#endif
   T entries[WIDTH] = {};
   std::memcpy(entries, p, count * sizeof(T));
   return load(entries);
@@ -67,6 +98,10 @@ inline Vector load(const T* p, int64_t count) {
 template <bool PART, class T>
 inline void store(T* p, Vector v, int64_t count) {
   if constexpr (!PART) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
+#endif
   T entries[WIDTH];
   store(entries, v);
   std::memcpy(p, entries, count * sizeof(T));
@@ -103,6 +138,24 @@ INLINE void totals(const Vector* vectors, float* sums) {
   const Four a = both(v[0], v[1]), b = both(v[2], v[3]);
   const Four all = __builtin_shuffle(a, b, Places{0, 1, 4, 5}) + __builtin_shuffle(a, b, Places{2, 3, 6, 7});
   std::memcpy(sums, &all, COLUMNS * sizeof(float));
+}
+
+// A square of WIDTH vectors, mirrored at its diagonal: in each step the squares of HALF entries beside it change places.
+template <int HALF = WIDTH / 2>
+INLINE void mirror(Vector (&v)[WIDTH]) {
+  using Places = int32_t __attribute__((vector_size(4 * WIDTH)));
+  Places upper, lower;
+  for (int lane = 0; lane < WIDTH; ++lane) {
+    upper[lane] = lane & HALF ? WIDTH + lane - HALF : lane;
+    lower[lane] = lane & HALF ? WIDTH + lane : lane + HALF;
+  }
+  for (int i = 0; i < WIDTH; ++i)
+    if (!(i & HALF)) {
+      const Vector a = v[i], b = v[i + HALF];
+      v[i] = __builtin_shuffle(a, b, upper);
+      v[i + HALF] = __builtin_shuffle(a, b, lower);
+    }
+  if constexpr (HALF > 1) mirror<HALF / 2>(v);
 }
 
 template <int ROWS, int COLUMNS>
