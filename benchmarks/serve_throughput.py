@@ -1,7 +1,8 @@
 """How many tokens a second does lorakit serve with 0 to 1000 adapters, beside PEFT, transformers, llama.cpp and vLLM?
 
 Every engine answers the same requests, 16 at a time, in a process of its own; engines take turns. llama.cpp and vLLM
-run where an interpreter that has them is named: ``--llamacpp PYTHON``, ``--vllm PYTHON`` (serving/others.py).
+run where an interpreter that has them is named: ``--llamacpp PYTHON``, ``--vllm PYTHON`` (serving/others.py). Beside
+SmolLM2 there is a base of a sixth of its size (serving/smaller.py), for the engines that run in Python.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from typing import Any
 
 from benchmarks.harness import LORAKIT, Aim, Benchmark, number, start
 from benchmarks.serving.adapters import base_folder, make_adapters
+from benchmarks.serving.smaller import SMALLER, make_base
 
 MODEL, TOGETHER, REQUESTS = "smollm2", 16, 64
+MODELS = (MODEL, SMALLER)
 RANKS = (8, 16, 32, 64)
 COUNTS = (0, 1, 20, 100)
 POPULARITIES = ("uniform", "power", "skewed", "distinct")
 MANY = 1000
+Found = dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]]
 HERE = Path(__file__).resolve().parent.parent
 PURE, INT8 = "lorakit, transformers' layers", "lorakit int8"
 MIXED, GROUPS, BATCHING = "PEFT, mixed batch", "PEFT, adapter by adapter", "transformers' continuous batching"
@@ -42,12 +46,14 @@ SIDES: dict[str, tuple[int, ...]] = {
     LLAMACPP8: (0, 20),
     VLLM: COUNTS,
 }
+IN_PYTHON = (LORAKIT, INT8, PURE, MIXED, GROUPS, BATCHING)
 
 
 def main(argv: Sequence[str] | None = None) -> Benchmark:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--llamacpp")
     parser.add_argument("--vllm")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--only", nargs="+", choices=SIDES)
     parser.add_argument("--counts", nargs="+", type=int, default=[*COUNTS, MANY])
     parser.add_argument("--rounds", type=int, default=3)
@@ -61,36 +67,48 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
         others = {LLAMACPP: ours.llamacpp, LLAMACPP8: ours.llamacpp, VLLM: ours.vllm}
         sides = [s for s in SIDES if (ours.only is None or s in ours.only) and others.get(s, "here")]
         counts = [0, 1] if bench.quick else sorted(ours.counts)
-        make_all(work, max(counts))
-        found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-        for _ in range(bench.rounds(ours.rounds)):
-            for side in sides:
-                kinds = ours.popularities if side in (LORAKIT, INT8) else ["uniform"]
-                mine = [n for n in counts if n in SIDES[side]]
-                for row in _in_a_process(side, mine, kinds, work, bench, others.get(side)):
-                    found[side, row["popularity"]][row["adapters"]].append(row)
-                    print(
-                        f"{side:38s} {row['adapters']:5d} {row['popularity']:9s} {row['tokens_per_second']:7.1f} "
-                        f"tokens/s  first token {number(row['first_token_p50'], 's')}, "
-                        f"p99 {number(row['first_token_p99'], 's')}",
-                        flush=True,
-                    )
-    report(bench, found)
+        found: Found = defaultdict(lambda: defaultdict(list))
+        for model in ours.models:
+            base = make_base(work) if model == SMALLER else base_folder(model)
+            make_all(work / model, base, max(counts))
+            for _ in range(bench.rounds(ours.rounds)):
+                for side in [side for side in sides if model == MODEL or side in IN_PYTHON]:
+                    kinds = ours.popularities if side in (LORAKIT, INT8) else ["uniform"]
+                    mine = [n for n in counts if n in SIDES[side]]
+                    for row in _in_a_process(side, mine, kinds, base, work / model, bench, others.get(side)):
+                        found[model, side, row["popularity"]][row["adapters"]].append(row)
+                        print(
+                            f"{model} {side:38s} {row['adapters']:5d} {row['popularity']:9s} "
+                            f"{row['tokens_per_second']:7.1f} tokens/s  first token "
+                            f"{number(row['first_token_p50'], 's')}, p99 {number(row['first_token_p99'], 's')}",
+                            flush=True,
+                        )
+    for model in ours.models:
+        report(bench, model, {(s, p): rows for (m, s, p), rows in found.items() if m == model})
     bench.finish()
     return bench
 
 
-def report(bench: Benchmark, found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]]) -> None:
+def report(
+    bench: Benchmark, model: str, found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]]
+) -> None:
+    start = "" if model == MODEL else f"{model}: "
     popularities = sorted({popularity for _, popularity in found}, key=lambda p: (p != "uniform", p))
     for popularity in popularities:
         counts = sorted({n for (_, p), rows in found.items() if p == popularity for n in rows})
         for n in counts:
             rows = {side: by[n] for (side, p), by in found.items() if p == popularity and n in by}
             speeds = {side: [row["tokens_per_second"] for row in mine] for side, mine in rows.items()}
-            aim = Aim(LORAKIT, ">=", 120.0 if n == 0 else 110.0) if LORAKIT in speeds else None
+            aimed = LORAKIT in speeds and model == MODEL
+            aim = Aim(LORAKIT, ">=", 120.0 if n == 0 else 110.0) if aimed else None
             ratio = (LORAKIT, MIXED) if {LORAKIT, MIXED} <= set(speeds) else None
             bench.add(
-                f"{n} adapters, {popularity}", speeds, unit="tokens/s", ratio=ratio, aim=aim, note=_note(rows)
+                f"{start}{n} adapters, {popularity}",
+                speeds,
+                unit="tokens/s",
+                ratio=ratio,
+                aim=aim,
+                note=_note(rows),
             )
     if (LORAKIT, "uniform") in found:
         ours = found[LORAKIT, "uniform"]
@@ -101,12 +119,19 @@ def report(bench: Benchmark, found: dict[tuple[str, str], dict[int, list[dict[st
                     for a, b in zip(ours[n], ours[0], strict=True)
                 ]
                 bench.add(
-                    f"tax of {n} adapters", {LORAKIT: tax}, unit="%", ratio=None, aim=Aim(LORAKIT, "<=", 10.0)
+                    f"{start}tax of {n} adapters",
+                    {LORAKIT: tax},
+                    unit="%",
+                    ratio=None,
+                    aim=Aim(LORAKIT, "<=", 10.0),
                 )
         waits = {n: [row["first_token_p99"] for row in mine] for n, mine in ours.items()}
         for n, seconds in waits.items():
             bench.add(
-                f"first token p99, {n} adapters", {LORAKIT: seconds}, ratio=None, aim=Aim(LORAKIT, "<=", 2.0)
+                f"{start}first token p99, {n} adapters",
+                {LORAKIT: seconds},
+                ratio=None,
+                aim=Aim(LORAKIT, "<=", 2.0),
             )
 
 
@@ -120,15 +145,21 @@ def _note(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _in_a_process(
-    side: str, counts: Sequence[int], kinds: Sequence[str], work: Path, bench: Benchmark, python: str | None
+    side: str,
+    counts: Sequence[int],
+    kinds: Sequence[str],
+    base: Path,
+    work: Path,
+    bench: Benchmark,
+    python: str | None,
 ) -> list[dict[str, Any]]:
     """Rows of one side. Those that hold all adapters at once load as many as they are asked for, and no more."""
     rows: list[dict[str, Any]] = []
     groups = [list(counts)] if side in (LORAKIT, INT8, PURE) else [[n] for n in counts]
     for group in groups:
         plan = {
-            "side": side, "counts": group, "work": str(work), "threads": bench.threads, "python": python,
-            "popularities": list(kinds),
+            "side": side, "base": str(base), "counts": group, "work": str(work), "threads": bench.threads,
+            "python": python, "popularities": list(kinds),
             "requests": 6 if bench.quick else REQUESTS,
         }  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.serve_throughput", "--child", json.dumps(plan)]
@@ -144,7 +175,7 @@ def child(plan: dict[str, Any]) -> None:
     from benchmarks.serving.load import facts, make_load
 
     side, work, threads = plan["side"], Path(plan["work"]), plan["threads"]
-    model = base_folder(MODEL)
+    model = Path(plan["base"])
     for n in plan["counts"]:
         adapters = work / ("many" if n > max(COUNTS) else "mixed") if n else None
         engine = _engine(side, model, adapters, n, threads, plan["python"])
@@ -182,11 +213,11 @@ def _engine(
     return kind(model, adapters, threads, count)
 
 
-def make_all(work: Path, count: int) -> None:
+def make_all(work: Path, base: Path, count: int) -> None:
     """Adapters of mixed ranks, and where there are very many of rank 8."""
-    make_adapters(work / "mixed", MODEL, RANKS, min(count, max(COUNTS)))
+    make_adapters(work / "mixed", str(base), RANKS, min(count, max(COUNTS)))
     if count > max(COUNTS):
-        make_adapters(work / "many", MODEL, (8,), count)
+        make_adapters(work / "many", str(base), (8,), count)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -172,21 +171,14 @@ def gguf_source() -> Path:
 
 def adapter_as_gguf(folder: Path, work: Path, model: Path) -> Path:
     """An adapter as llama.cpp reads it, by lorakit's own converter."""
+    from lorakit.io.formats.convert import convert
+    from lorakit.io.formats.format import Hints
+    from lorakit.io.formats.gguf import model_facts
+
     path = work / f"{folder.parent.name}-{folder.name}.gguf"
     if not path.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "lorakit",
-            "convert",
-            str(folder),
-            str(path),
-            "--to",
-            "gguf",
-            "--config",
-            str(model),
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        family, heads = model_facts(model)
+        convert(folder, path, "gguf", hints=Hints(family=family, heads=heads))
     return path
 
 

@@ -2,6 +2,7 @@
 
 | result of | picture |
 |---|---|
+| ``serve_throughput`` | ``serving-engines.png``: tokens a second of each engine over the number of adapters |
 | ``serve_shapes`` | ``serving-shapes.png``: tokens a second over the number of adapters, a line for each shape |
 | ``serve_cold`` | ``serving-cold.png``: the first token of a hot and of a cold adapter |
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_LOAD = re.compile(r"(?:(?P<model>[^:]+): )?(?P<n>\d+) adapters, uniform")
 _NAME = re.compile(r"(?P<model>[^,]+), (?P<n>\d+) adapters(?:, (?P<shape>\w+))?")
 
 
@@ -25,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, default=Path("docs/images"), metavar="DIR")
     options = parser.parse_args(argv)
     drawers: dict[str, tuple[str, Callable[[Any, Mapping[str, Any]], None]]] = {
+        "serve_throughput": ("serving-engines.png", _engines),
         "serve_shapes": ("serving-shapes.png", _shapes),
         "serve_cold": ("serving-cold.png", _cold),
     }
@@ -48,6 +51,34 @@ def _picture(path: Path, result: Mapping[str, Any], draw: Callable[[Any, Mapping
     draw(figure, result)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _engines(figure: Any, result: Mapping[str, Any]) -> None:
+    """A panel for each model, a line for each engine."""
+    lines: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in result["measurements"]:
+        found = _LOAD.fullmatch(row["name"])
+        if found is not None:
+            for side, speeds in row["sides"].items():
+                lines[found["model"] or "SmolLM2-135M"][side][int(found["n"])] = speeds["median"]
+    counts = sorted({n for sides in lines.values() for points in sides.values() for n in points})
+    panels = figure.subplots(1, len(lines), squeeze=False)[0]
+    for axes, (model, sides) in zip(panels, lines.items(), strict=True):
+        for place, (side, points) in enumerate(sides.items()):
+            own = {"color": f"C{place}", "marker": "o", "linewidth": 2.5 if side == "lorakit" else 1.2}
+            axes.plot(
+                [counts.index(n) for n in sorted(points)],
+                [points[n] for n in sorted(points)],
+                label=side,
+                **own,
+            )
+        axes.set_xticks(range(len(counts)), [str(n) for n in counts])
+        axes.set(xlabel="adapters", ylabel="tokens a second", title=model)
+        axes.set_ylim(bottom=0)
+    handles = {
+        label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize="small")
 
 
 def _shapes(figure: Any, result: Mapping[str, Any]) -> None:
