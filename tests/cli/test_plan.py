@@ -62,7 +62,7 @@ def test_the_plan_is_what_was_trained(lorakit: Lorakit, trained: Trained) -> Non
 def test_fit(lorakit: Lorakit, config: Path) -> None:
     outcome = lorakit("plan", config, "--fit", "50MB", "--length", 64)
     assert outcome.code == 0
-    assert "Proposed: r=64" in outcome.out
+    assert "Proposed: r=32" in outcome.out  # the largest that a layer of 32 can have
     result = json.loads(lorakit("plan", config, "--fit", "50MB", "--length", 64, "--r", 2, "--json").out)
     assert result["method"]["r"] == 2
     assert result["proposal"]["total"] <= result["usable"]
@@ -92,3 +92,10 @@ def test_mistakes(lorakit: Lorakit, words: tuple[str, ...], says: str) -> None:
     outcome = lorakit(*words)
     assert outcome.code == 2
     assert says in outcome.err
+
+
+def test_a_rank_that_attach_refuses_is_not_counted(lorakit: Lorakit, config: Path) -> None:
+    outcome = lorakit("plan", config, "--r", 999_999, "--length", 32)
+    assert outcome.code != 0
+    assert "r=999999 is more than a 96 x 32 matrix can have" in outcome.err.replace("\n", " ")
+    assert "Choose r <= 32" in outcome.err.replace("\n", " ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -195,3 +196,30 @@ def test_one_method_object_serves_all_targets_of_a_kind() -> None:
         for k, v in {**fc(n), f"{P}layers.{n}.fc.lora_magnitude_vector": torch.ones(4)}.items()
     }
     assert read_peft(config(use_dora=True), tensors).spec.methods["layers.1.fc"] == DoRA(LoRA(r=2, alpha=4))
+
+
+EVIL = r"((l|la|y|e|r|s|\.|0)+)+\.never"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {EVIL: 4}},
+        {"alpha_pattern": {EVIL: 4}},
+        {"target_modules": EVIL, "target_parameters": ["w"]},
+    ],
+    ids=["rank_pattern", "alpha_pattern", "target_modules"],
+)
+def test_an_evil_expression_in_a_file_is_matched_at_once(settings: dict[str, Any]) -> None:
+    """`re` would go on for years on a path as long as this."""
+    name = "layers." * 12 + "0.fc"
+    tensors = {f"{P}{name}.lora_A.weight": torch.randn(2, 6), f"{P}{name}.lora_B.weight": torch.randn(4, 2)}
+    started = time.perf_counter()
+    assert list(read_peft(config(**settings), tensors).spec.methods)
+    assert time.perf_counter() - started < 5
+
+
+def test_an_expression_that_is_not_followed_is_told_with_its_file() -> None:
+    says = fails("adapter_config.json makes no sense", fc(), rank_pattern={r"(fc)\1": 4})
+    assert "back-reference" in says
+    assert "name the layers in a list" in says

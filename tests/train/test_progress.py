@@ -24,6 +24,12 @@ def test_plain_lines_come_rarely_and_at_the_end() -> None:
     assert lines[1] == "step 11/30  loss 1.5000  123 tokens/s  0:11 gone, 0:19 left"
 
 
+def test_images_are_not_called_tokens() -> None:
+    stream = io.StringIO()
+    PlainProgress(stream).step(StepReport(30, 30, 1.5, 12.3, 30.0, 0.0, reads="image"))
+    assert "  12 images/s  " in stream.getvalue()
+
+
 def test_plain_answers() -> None:
     stream = io.StringIO()
     progress = PlainProgress(stream, every_seconds=100)

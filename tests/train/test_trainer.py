@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -431,3 +432,29 @@ def test_weight_decay_is_for_matrices_only(recipe: MakeRecipe) -> None:
     assert norms
     for name in norms:
         assert torch.equal(plain[name], decayed[name]), name
+
+
+def test_garbage_is_looked_for_seldom_until_the_first_step(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lorakit.train.render import Renderer
+
+    usual, seen = gc.get_threshold(), {}
+
+    class Watching(Silent):
+        def step(self, report: StepReport) -> None:
+            seen["step"] = gc.get_threshold()
+
+    def rows(self: Renderer, examples: Any) -> Any:
+        seen["rows"] = gc.get_threshold()
+        return original(self, examples)
+
+    original = Renderer.rows
+    monkeypatch.setattr(Renderer, "rows", rows)
+    train(recipe(max_steps=1), progress=Watching())
+    assert seen["rows"][0] > 100 * usual[0]
+    assert seen["step"] == gc.get_threshold() == usual
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    with pytest.raises(DataError):
+        train(recipe("other", max_steps=1))
+    assert gc.get_threshold() == usual

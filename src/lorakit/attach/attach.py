@@ -16,6 +16,7 @@ from lorakit.attach.planning import (
     Plan,
     check_beside_merged,
     check_one_formula,
+    check_starts,
     companions_of,
     plan_method,
     plan_state,
@@ -255,6 +256,7 @@ def fresh_state(
     model: nn.Module, plan: Plan, seed: int | None, info: Mapping[str, Any] | None = None
 ) -> AdapterState:
     """An adapter as it starts on a model, which is not touched."""
+    check_starts(plan)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     shared = _start_shared(plan, generator)
     tensors = {path: method.start(target, generator, shared) for path, (target, method) in plan.items()}

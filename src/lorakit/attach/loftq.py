@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.attach.attach import attach, check_name
-from lorakit.attach.planning import Plan, plan_method
+from lorakit.attach.planning import Plan, check_starts, plan_method
 from lorakit.attach.quantize import (
     QuantizeReport,
     check_no_adapters,
@@ -119,6 +119,7 @@ def loftq(
     plan = plan_method(model, method, places, None)
     if decomposition not in ("exact", "projection"):
         raise ConfigError(f"decomposition is 'exact' or 'projection'; got {decomposition!r}.")
+    check_starts(plan)
     generator = torch.Generator().manual_seed(seed)
     by_projection = partial(leading_triplets_by_projection, iterations=4, generator=generator)
     found: dict[str, LoftQ] = {}
@@ -126,11 +127,6 @@ def loftq(
     for path, (target, resolved) in plan.items():
         W = target.weight().float()
         inner = _inner(resolved)
-        if inner.r > min(target.out, target.in_):
-            raise ConfigError(
-                f"r={inner.r} is more than the rank that {path!r} ({target.shape}) can have; "
-                f"give it its own: rank_pattern={{{path!r}: {min(target.out, target.in_)}}}."
-            )
         found[path] = decomposition_of(
             W,
             inner.r,

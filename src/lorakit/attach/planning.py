@@ -149,6 +149,16 @@ def _target_at(model: nn.Module, path: str, adapts: Adapts) -> Target | str | No
     return slice_at(model, path, adapts) if target is None else target
 
 
+def check_starts(plan: Plan) -> None:
+    """Refuse settings with which a fresh adapter cannot begin at its targets: asked by whoever makes or counts one.
+
+    Raises:
+        ConfigError: Such as a rank that no matrix of a target's size can have.
+    """
+    for target, method in plan.values():
+        method.check_start(target)
+
+
 def companions_of(model: nn.Module, plan: Plan) -> list[tuple[str, Target]]:
     """For methods that follow ties: the other layers that use the same stored weight."""
     followers: dict[int, list[str]] = {}

@@ -6,6 +6,7 @@ are made when the command is the one that runs, so that the other commands do no
 
 from __future__ import annotations
 
+import gc
 import inspect
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from lorakit.garbage import seldom_collected
 
 if TYPE_CHECKING:
     from lorakit.train.recipe import Recipe
@@ -66,9 +69,11 @@ def overrides(context: typer.Context) -> list[str]:
 
 @cache
 def _flags() -> tuple[Any, ...]:
-    from lorakit.train.recipe_keys import recipe_keys
+    with seldom_collected():
+        from lorakit.train.recipe_keys import recipe_keys
 
-    keys = recipe_keys()
+        keys = recipe_keys()
+    gc.freeze()  # what has been imported stays: no later search for garbage need look through it
     parameters = [
         inspect.Parameter(
             f"key{i}",

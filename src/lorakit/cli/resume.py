@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lorakit.garbage import seldom_collected
+
 
 def command(
     folder: Annotated[Path, typer.Argument(help="The run's output folder, which holds run.json.")],
@@ -31,7 +33,9 @@ def command(
         lorakit resume runs/sql --set train.max_seconds=3600
     """
     from lorakit.cli.train import run, say_result
-    from lorakit.train.run_files import recipe_of_run
+
+    with seldom_collected():
+        from lorakit.train.run_files import recipe_of_run
 
     result = run(recipe_of_run(folder, settings or []), resume=True)
     say_result(result, f"lorakit export {folder} --to merged")

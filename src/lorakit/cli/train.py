@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit.cli.recipe_options import RecipeFile, recipe_with
+from lorakit.garbage import seldom_collected
 
 if TYPE_CHECKING:
     from lorakit.train import Recipe, TrainResult
@@ -66,10 +67,12 @@ def command(
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
     """Train and show the progress; of several processes the main one does. See `lorakit.train.train`."""
     from lorakit.cli.output import quiet_loading
-    from lorakit.train import progress_for, train
-    from lorakit.train.distributed import is_main_process
 
-    quiet_loading()
+    with seldom_collected():
+        from lorakit.train import progress_for, train
+        from lorakit.train.distributed import is_main_process
+
+        quiet_loading()
     progress = progress_for() if is_main_process() else None
     try:
         return train(recipe, resume=resume, overwrite=overwrite, progress=progress)
@@ -102,7 +105,9 @@ def say_result(result: TrainResult, following: str) -> None:
     ]
     if result.valid_loss is not None:
         pairs.append(("valid loss", f"{result.valid_loss:.4f}"))
-    pairs.append(("time", f"{clock(result.seconds)} ({result.tokens_per_second:,.0f} tokens a second)"))
+    pairs.append(
+        ("time", f"{clock(result.seconds)} ({result.tokens_per_second:,.0f} {result.reads}s a second)")
+    )
     for name, report in result.reports.items():
         of = "" if len(result.reports) == 1 else f" of {name}"
         trained = f"{report.trainable:,} parameters beside the base's {report.base_parameters:,}"

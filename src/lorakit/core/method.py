@@ -102,6 +102,13 @@ class Method(ABC):
         """Why this method cannot adapt this target, or None when it can."""
         return None
 
+    def check_start(self, target: Target) -> None:  # noqa: B027 - most methods can begin anywhere
+        """Refuse a setting with which a fresh adapter cannot begin at a target, before anything is made of it.
+
+        Raises:
+            ConfigError: A setting makes no sense there, such as a rank that no matrix of this size can have.
+        """
+
     def for_path(self, path: str) -> Method:
         """This method with its per-pattern settings resolved for one target."""
         return self

@@ -7,13 +7,13 @@ decides by path and module. One entry that matches nothing is an error, however 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from torch import nn
 
-from lorakit.errors import ConfigError, UnmatchedTargetError, listing, near_matches
+from lorakit.core.expressions import expression
+from lorakit.errors import UnmatchedTargetError, listing, near_matches
 
 Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
 Adapts = Literal["layer", "parameter", "module", "attention", "model"]
@@ -28,13 +28,13 @@ def pattern_matches(key: str, path: str) -> bool:
     """PEFT's rule for ``rank_pattern``: a regular expression for the path's end, or after ``^`` for all of it.
 
     The brackets of a slice, ``"c_attn[q]"``, need no backslashes.
+
+    Raises:
+        ConfigError: It is no regular expression, or takes too many steps (see `lorakit.core.expressions`).
     """
     if key.endswith("]") and ends_with(path, key):
         return True
-    try:
-        return re.match(rf"(.*\.)?({key})$", path) is not None
-    except re.error as error:
-        raise ConfigError(f"The pattern {key!r} is not a regular expression: {error}.") from None
+    return expression(key, ending=True).matches(path)
 
 
 def ends_with(path: str, entry: str) -> bool:
@@ -53,19 +53,14 @@ def entry_matches(entry: str, paths: Iterable[str]) -> list[str]:
     return [path for path in paths if ends_with(path, entry)]
 
 
-def fullmatch(expression: str, paths: Iterable[str]) -> list[str]:
+def fullmatch(pattern: str, paths: Iterable[str]) -> list[str]:
     """The paths that a regular expression matches whole.
 
     Raises:
-        ConfigError: It is not a regular expression.
+        ConfigError: It is no regular expression, or takes too many steps (see `lorakit.core.expressions`).
     """
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise ConfigError(
-            f"The target pattern {expression!r} is not a regular expression: {error}."
-        ) from None
-    return [path for path in paths if compiled.fullmatch(path)]
+    known = expression(pattern)
+    return [path for path in paths if known.matches(path)]
 
 
 def unmatched(entry: str, paths: Sequence[str], *, what: str = "target") -> UnmatchedTargetError:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.core.endings import endings
+from lorakit.core.expressions import expression
 from lorakit.core.selection import ends_with
+from lorakit.errors import ConfigError
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import SELECTION
 from lorakit.io.peft_rules import natural
@@ -118,7 +120,7 @@ def _only(entries: Sequence[str], paths: Sequence[str], outline: Outline) -> boo
 def _selected(path: str, selector: Any) -> bool:
     if isinstance(selector, str):
         try:
-            return re.fullmatch(selector, path) is not None
-        except re.error:
+            return expression(selector).matches(path)
+        except ConfigError:  # what is written instead names the layers
             return False
     return any(ends_with(path, entry) for entry in selector)

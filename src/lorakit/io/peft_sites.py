@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.core.endings import endings
+from lorakit.core.expressions import expression
 from lorakit.core.selection import ends_with, pattern_matches
 from lorakit.errors import AdapterFileError, listing
 from lorakit.io.embedded import Embedded
@@ -163,7 +164,7 @@ def _split(entry: str) -> tuple[str, str]:
 def _selected(path: str, selector: Any) -> bool:
     """Whether PEFT's ``target_modules`` names a path: a list of endings, or an expression for the whole."""
     if isinstance(selector, str):
-        return re.fullmatch(selector, path) is not None
+        return expression(selector).matches(path)
     return any(ends_with(path, entry) for entry in selector or ())
 
 

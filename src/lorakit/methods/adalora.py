@@ -128,13 +128,12 @@ class AdaLoRA(LowRankMethod):
             "lora_E": (*shape.batch, self.rank, 1),
         }
 
-    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
-        """``A`` and ``B`` from ``N(0, 0.02²)``, ``E = 0``.
-
-        Raises:
-            ConfigError: The rank exceeds what a matrix of this size can have.
-        """
+    def check_start(self, target: Target) -> None:
+        """The rank must be one that a matrix of this size can have."""
         check_rank_fits(self.rank, target, "init_r")
+
+    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
+        """``A`` and ``B`` from ``N(0, 0.02²)``, ``E = 0``."""
         sizes = self.shapes(target.shape)
         A = torch.empty(sizes["lora_A"]).normal_(std=0.02, generator=generator)
         B = torch.empty(sizes["lora_B"]).normal_(std=0.02, generator=generator)

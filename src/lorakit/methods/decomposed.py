@@ -103,6 +103,10 @@ class Decomposed(WeightMethod):
     def norms(self, target: Target, p: Tensors, W: Tensor) -> Tensor:
         """The norms of ``W + delta``, of the size of the magnitude."""
 
+    def check_start(self, target: Target) -> None:
+        """That of the inner method."""
+        self.inner.check_start(target)
+
     def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
         """The inner start, with the magnitude at the norms, so that the output is unchanged."""
         inner = self.inner.start(target, generator, shared)

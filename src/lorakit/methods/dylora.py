@@ -87,13 +87,12 @@ class DyLoRA(LowRankMethod):
         """``dylora_active`` and ``dylora_trained``, ``(r,)``."""
         return {ACTIVE: (self.r,), TRAINED: (self.r,)}
 
-    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
-        """Factors whose product is zero, as LoRA's.
-
-        Raises:
-            ConfigError: The rank exceeds what a matrix of this size can have.
-        """
+    def check_start(self, target: Target) -> None:
+        """The rank must be one that a matrix of this size can have."""
         check_rank_fits(self.r, target)
+
+    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
+        """Factors whose product is zero, as LoRA's."""
         A, B = init_called("kaiming").factors(target, self.r, 1.0, generator)
         return {"lora_A": A, "lora_B": B}
 

@@ -70,14 +70,12 @@ class LoHa(RankedMethod):
                 sizes[f"hada_w{k}_b"] = (*stack, r, shape.in_)
         return sizes
 
-    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
-        """Factors of which one is zero, so that the product is.
+    def check_start(self, target: Target) -> None:
+        """The rank must be one that a matrix of this size can have."""
+        check_rank_fits(self.r, target, by_pattern=True)
 
-        Raises:
-            ConfigError: The rank exceeds what a matrix of this size can have.
-        """
-        own_rank = f"rank_pattern={{{target.path!r}: {min(target.out, target.in_)}}}"
-        check_rank_fits(self.r, target, remedy=f"give this target its own rank ({own_rank}), ")
+    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
+        """Factors of which one is zero, so that the product is."""
         sizes, stack = self.shapes(target.shape), len(target.batch)
         if self.init == "peft":
             zero = "hada_w2_b"

@@ -112,14 +112,17 @@ class LoRA(Ranked, LowRankMethod):
             sizes["lora_bias"] = (math.prod(shape.batch) * shape.out,)
         return sizes
 
+    def check_start(self, target: Target) -> None:
+        """The rank must be one that a matrix of this size can have; EVA lowers it by itself."""
+        if not init_called(self.init).lowers_rank:
+            check_rank_fits(self.r, target, by_pattern=True)
+
     def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
         """Factors whose product is zero, or that are subtracted.
 
         Raises:
-            ConfigError: The rank exceeds what a matrix of this size can have, or the init needs data or another rank.
+            ConfigError: The init needs data or another rank.
         """
-        own_rank = f"rank_pattern={{{target.path!r}: {min(target.out, target.in_)}}}"
-        check_rank_fits(self.r, target, remedy=f"give this target its own rank ({own_rank}), ")
         A, B = init_called(self.init).factors(target, self.r, self.scale, generator)
         tensors = {"lora_A": A, "lora_B": B}
         if self.subtracted:

@@ -73,19 +73,20 @@ class LoRAC(RankedMethod):
             "lora_B": (*stack, shape.out * math.prod(rows), rank),
         }
 
-    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
-        """``A`` Kaiming-uniform, ``B`` zero.
-
-        Raises:
-            ConfigError: The rank exceeds what a matrix of this size can have.
-        """
+    def check_start(self, target: Target) -> None:
+        """The rank must be one that the kernel as a matrix can have."""
         sizes = self.shapes(target.shape)
-        (*stack, rank, columns), rows = sizes["lora_A"], sizes["lora_B"][-2]
+        (*_, rank, columns), rows = sizes["lora_A"], sizes["lora_B"][-2]
         if rank > min(rows, columns):
             raise ConfigError(
                 f"r={self.r} makes a product of rank {rank} at {target.path!r}, where the kernel as a matrix is "
                 f"{rows} x {columns}. Choose a smaller r, give this target its own (rank_pattern), or exclude it."
             )
+
+    def start(self, target: Target, generator: torch.Generator | None, shared: Tensors) -> dict[str, Tensor]:
+        """``A`` Kaiming-uniform, ``B`` zero."""
+        sizes = self.shapes(target.shape)
+        stack = sizes["lora_A"][:-2]
         return {
             "lora_A": fan_in_uniform(sizes["lora_A"], generator, stack=len(stack)),
             "lora_B": torch.zeros(sizes["lora_B"]),

@@ -39,20 +39,25 @@ def check_choice(what: str, value: Any, known: Collection[str]) -> None:
         )
 
 
-def check_rank_fits(r: int, target: Target, name: str = "r", remedy: str = "") -> None:
+def check_rank_fits(r: int, target: Target, name: str = "r", *, by_pattern: bool = False) -> None:
     """Raise `ConfigError` if no change of a matrix of this size can have that rank.
 
     Args:
         r: The rank.
         target: What it is for.
         name: The setting that gives it.
-        remedy: What can be done beside a smaller rank and leaving the target out, ending in a comma.
+        by_pattern: Whether the method has a ``rank_pattern``, which could give this target a rank of its own.
     """
     most = min(target.out, target.in_)
     if r > most:
+        own = (
+            f"give this target its own rank (rank_pattern={{{target.path!r}: {most}}}), "
+            if by_pattern
+            else ""
+        )
         raise ConfigError(
             f"{name}={r} is more than a {target.shape} matrix can have at {target.path!r}: its rank is at most {most}. "
-            f"Choose {name} <= {most}, {remedy}or exclude it."
+            f"Choose {name} <= {most}, {own}or exclude it."
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigError, DataError
+from lorakit.models.encoding import encode_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,13 @@ class ConversationRenderer:
         Raises:
             DataError: The template does not render the prompt as the beginning of the whole.
         """
-        prompt, answer = self.prompt_text(turns[:-1], tools), turns[-1]
+        return self.answered_from(self.prompt_text(turns[:-1], tools), turns, name, tools)
+
+    def answered_from(
+        self, prompt: str, turns: Sequence[Message], name: str, tools: Sequence[Tool] = ()
+    ) -> str:
+        """`answered_text`, where the prompt is rendered already: `prompt_text` of all turns but the last."""
+        answer = turns[-1]
         stop = str(self.tokenizer.eos_token or "")
         if not self.chat:
             return prompt + str(answer["content"]) + stop
@@ -89,18 +96,28 @@ class ConversationRenderer:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text that `prompt_text` or `answered_text` has made."""
+        return self.all_ids([text])[0]
+
+    def all_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """`ids` of each of some texts, which takes less time than one after the other."""
         # A template writes its special tokens itself; adding them again would double the first one.
-        ids = list(self.tokenizer(text, add_special_tokens=not self.chat, verbose=False)["input_ids"])
-        eos = self.tokenizer.eos_token_id
-        if not self.chat and ids and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
-            del ids[-1]  # some tokenizers end every text
-        return ids
+        found = encode_ids(self.tokenizer, texts, special=not self.chat)
+        if not self.chat:
+            eos = self.tokenizer.eos_token_id
+            for text, ids in zip(texts, found, strict=True):
+                if ids and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
+                    del ids[-1]  # some tokenizers end every text
+        return found
 
     def plain_ids(self, text: str) -> list[int]:
         """Token ids of a text that is no conversation, between the tokens that begin and end texts."""
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        return self.all_plain_ids([text])[0]
+
+    def all_plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """`plain_ids` of each of some texts, which takes less time than one after the other."""
         eos = self.tokenizer.eos_token_id
-        return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
+        found = encode_ids(self.tokenizer, texts)
+        return [ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos] for ids in found]
 
     def _split(
         self, prompt: str, whole: str, turns: Sequence[Message], tools: Sequence[Tool]

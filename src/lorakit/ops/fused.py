@@ -13,7 +13,8 @@ operations are to be used. The derivatives cannot be differentiated again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,13 +106,41 @@ def cross_entropy(logits: Tensor, targets: Tensor, gradient: Tensor | None = Non
 
 def _library(*tensors: Tensor) -> Kernels | None:
     """The compiled functions, if they take these tensors."""
+    device = "cpu" if _sizes is None else "meta"
     for t in tensors:
-        if t.device.type != "cpu" or t.dtype is not torch.float32 or type(t) not in _PLAIN or not t.numel():
+        if t.device.type != device or t.dtype is not torch.float32 or type(t) not in _PLAIN or not t.numel():
             return None
-    return None if transformed() else kernels()
+    return None if transformed() else _sizes or kernels()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_sizes: Kernels | None = None
+
+
+class _SizesOnly(Kernels):
+    """Functions that make what the library's make, and leave it empty."""
+
+    def __init__(self, library: Kernels) -> None:
+        for name, value in vars(library).items():
+            setattr(self, name, _nothing if callable(value) else value)
+
+
+def _nothing(*given: Any) -> None:
+    """A compiled function that is not called."""
+
+
+@contextmanager
+def sizes_only(library: Kernels) -> Iterator[None]:
+    """Inside a ``with`` block tensors of the meta device are taken, which have sizes and no numbers, and no others.
+
+    What is kept for a backward pass can so be rehearsed; see `lorakit.plan`.
+    """
+    global _sizes
+    before, _sizes = _sizes, _SizesOnly(library)
+    try:
+        yield
+    finally:
+        _sizes = before
 
 
 class _RmsNorm(torch.autograd.Function):

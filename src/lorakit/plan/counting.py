@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.attach.planning import Key, plan_method
+from lorakit.attach.planning import Key, check_starts, plan_method
 from lorakit.attach.planning import Plan as Sites
 from lorakit.core.adapter import AdapterSpec, shared_shapes
 from lorakit.core.method import Method
@@ -98,7 +98,9 @@ def count(
         TargetError: Something named was not found or cannot be adapted.
         ConfigError: A setting makes no sense for a target.
     """
-    return counted(model, plan_method(model, adapter, targets, exclude))
+    sites = plan_method(model, adapter, targets, exclude)
+    check_starts(sites)
+    return counted(model, sites)
 
 
 def counted(model: nn.Module, sites: Sites) -> Counts:

@@ -231,12 +231,20 @@ def _with_rank(
     run: Run,
     usable: int,
 ) -> Method:
-    """The method with the largest rank whose adapter, gradients and means take less than a tenth of the memory."""
+    """The method with the largest rank whose adapter, gradients and means take less than a tenth of the memory.
+
+    Ranks that some target cannot have are passed over.
+    """
     if not any(field.name == "r" for field in dataclasses.fields(method)):  # type: ignore[arg-type]
         return method
     for r in RANKS:
         tried: Method = dataclasses.replace(method, r=r)  # type: ignore[type-var]
-        counts = count(base.model, tried, targets, exclude)
+        try:
+            counts = count(base.model, tried, targets, exclude)
+        except ConfigError:
+            if r == RANKS[-1]:
+                raise
+            continue
         size = dtype_called(run.adapter_dtype).itemsize
         if size * (counts.stored + 3 * counts.trainable) <= usable / 10:
             return tried

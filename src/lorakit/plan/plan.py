@@ -15,7 +15,7 @@ from lorakit.errors import ConfigError
 from lorakit.plan.architectures import Architecture, PlanTask, architecture
 from lorakit.plan.counting import Counts, count
 from lorakit.plan.memory import Weights, adapter_bytes, dtype_called, weights
-from lorakit.plan.rehearsal import Device, Rehearsal, Step
+from lorakit.plan.rehearsal import Device, Rehearsal, Step, StepForm
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,7 @@ def plan(
     run: Run | None = None,
     task: PlanTask | None = None,
     num_labels: int | None = None,
+    form: StepForm | None = None,
 ) -> Plan:
     """Plan a run from a config alone.
 
@@ -202,6 +203,7 @@ def plan(
         run: How it is to be trained and used.
         task: What the model is for; by default the class that its config names.
         num_labels: Classes of a fresh classification head.
+        form: How a training step is computed where that is not the model's own code alone.
 
     Raises:
         ModelError: The model cannot be found or built.
@@ -220,7 +222,7 @@ def plan(
     if base.runs:
         rehearsal = rehearse(base, counts, run)
         try:
-            training = training_memory(counts, held, run, train_step(rehearsal, run))
+            training = training_memory(counts, held, run, train_step(rehearsal, run, form))
             inference = inference_memory(counts, held, run, rehearsal.inference(run.batch, run.length))
         finally:
             rehearsal.close()
@@ -238,7 +240,7 @@ def rehearse(base: Architecture, counts: Counts, run: Run) -> Rehearsal:
     )
 
 
-def train_step(rehearsal: Rehearsal, run: Run) -> Step:
+def train_step(rehearsal: Rehearsal, run: Run, form: StepForm | None = None) -> Step:
     """The step that a run repeats."""
     return rehearsal.train_step(
         run.batch,
@@ -247,6 +249,7 @@ def train_step(rehearsal: Rehearsal, run: Run) -> Step:
         packing=run.packing,
         learnt=run.learnt,
         accumulating=run.accumulation > 1,
+        form=form,
     )
 
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,16 @@ class Step(NamedTuple):
 
     peak: int
     kept: int
+
+
+class StepForm(Protocol):
+    """How a step is computed where that is not the model's own code alone."""
+
+    def during(self, model: nn.Module, documents: int, length: int) -> AbstractContextManager[None]:
+        """What the passes run in; ``documents`` of ``length`` tokens lie in a row."""
+
+    def loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The loss of a batch; None for that of the model's whole logits."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -184,6 +194,7 @@ class Rehearsal:
         packing: bool = False,
         learnt: float = 1.0,
         accumulating: bool = False,
+        form: StepForm | None = None,
     ) -> Step:
         """Forward and backward pass of one batch, as `lorakit train` makes them.
 
@@ -194,6 +205,7 @@ class Rehearsal:
             packing: Whether the rows lie in one row, with attention inside each.
             learnt: The share of positions that the loss needs.
             accumulating: Whether gradients of an earlier batch are there (they are part of the peak in any case).
+            form: How it is computed where that is not the model's own code alone.
         """
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad] if accumulating else []
@@ -203,8 +215,12 @@ class Rehearsal:
         _checkpoint(self.model, checkpointing, _Kernels(self.device, batch if packing else 1))
         inputs = self._inputs(batch, length, packing, learnt)
         try:
-            with self.routed(length if packing else 1), self._counting(batch if packing else 1) as live:
-                loss = _loss(self.model(**inputs))
+            documents = batch if packing else 1
+            around = nullcontext() if form is None else form.during(self.model, documents, length)
+            with self.routed(length if packing else 1), around, self._counting(documents) as live:
+                loss = None if form is None else form.loss(self.model, inputs)
+                if loss is None:
+                    loss = _loss(self.model(**inputs))
                 kept = live.live
                 loss.backward()
                 peak = live.peak

@@ -11,7 +11,7 @@ from lorakit.plan.architectures import Architecture
 from lorakit.plan.counting import Counts
 from lorakit.plan.memory import dtype_called, weights
 from lorakit.plan.plan import Plan, Run, assumptions, train_step, training_memory
-from lorakit.plan.rehearsal import Rehearsal, empty_state
+from lorakit.plan.rehearsal import Rehearsal, StepForm, empty_state
 from lorakit.plan.work import step_flops
 
 
@@ -47,7 +47,14 @@ class JointRehearsal(Rehearsal):
         return use(self.model, rows=route)
 
 
-def plan_together(base: Architecture, adapters: Mapping[str, Counts], run: Run, rows: Sequence[int]) -> Plan:
+def plan_together(
+    base: Architecture,
+    adapters: Mapping[str, Counts],
+    run: Run,
+    rows: Sequence[int],
+    *,
+    form: StepForm | None = None,
+) -> Plan:
     """The plan of adapters that learn in one pass.
 
     The counts of the plan are those of all adapters together; there is none for inference, where one acts at a time.
@@ -57,6 +64,7 @@ def plan_together(base: Architecture, adapters: Mapping[str, Counts], run: Run, 
         adapters: What each holds, by its name.
         run: How they are trained; its batch is that of all of them.
         rows: How many rows of a batch each learns from, in the same order.
+        form: See `lorakit.plan.plan`.
     """
     counts = sum_of(list(adapters.values()))
     held = weights(base.model, dtype_called(run.base_dtype), run.storage)
@@ -64,7 +72,7 @@ def plan_together(base: Architecture, adapters: Mapping[str, Counts], run: Run, 
     if base.runs:
         rehearsal = JointRehearsal(base, adapters, rows, run)
         try:
-            training = training_memory(counts, held, run, train_step(rehearsal, run))
+            training = training_memory(counts, held, run, train_step(rehearsal, run, form))
         finally:
             rehearsal.close()
     return Plan(base, counts, run, training, None, held, (*base.notes, *assumptions(base, run)))

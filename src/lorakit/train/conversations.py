@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lorakit.errors import listing
@@ -115,16 +116,11 @@ def _for_each(reading: Reading, learning: bool, prompt: str, references: Any, ke
         raise reading.wrong(f"{key!r} holds something that is empty or no text.")
     every = tuple(r.strip() for r in references)
     answers = every if learning and reading.data.references == "all" else every[:1]
-    return [
-        _asked(
-            reading,
-            prompt,
-            answer,
-            references=every,
-            id=reading.id if len(answers) == 1 else f"{reading.id}#{i}",
-        )
-        for i, answer in enumerate(answers)
-    ]
+    asked = _asked(reading, prompt, every[0], references=every)
+    if len(answers) == 1:
+        return [asked]
+    # The prompt is one object in all of them, which is how it is known to need rendering once.
+    return [replace(asked, id=f"{asked.id}#{i}", answer=answer) for i, answer in enumerate(answers)]
 
 
 def _asked(
@@ -134,12 +130,9 @@ def _asked(
     *,
     before: list[Message] | None = None,
     references: tuple[str, ...] = (),
-    id: str | None = None,
 ) -> Example:
     turns = (*(before or ()), {"role": "user", "content": prompt})
-    return Example(
-        reading.id if id is None else id, turns, answer, references or (answer,), place=str(reading.place)
-    )
+    return Example(reading.id, turns, answer, references or (answer,), place=str(reading.place))
 
 
 # ---- conversations of many turns

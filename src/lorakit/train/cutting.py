@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from itertools import groupby
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from lorakit.errors import DataError, listing
+from lorakit.models.encoding import portions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,19 +85,32 @@ def cut_texts(
     """
     most = min(max_length, tokenizer.model_max_length)
     kept, cut, longest = [], [], 0
-    for text in texts:
-        encoded: Any = tokenizer(text.text, text.second, verbose=False)
+    for text, encoded in _encoded(texts, tokenizer):
         length = len(encoded["input_ids"])
         longest = max(longest, length)
         if length > most:
             cut.append(text.place)
             if overlong == "drop":
                 continue
-            encoded = tokenizer(text.text, text.second, truncation=True, max_length=most)
+            encoded = dict(tokenizer(text.text, text.second, truncation=True, max_length=most))
         types = encoded.get("token_type_ids")
         kept.append((text, Encoded(tuple(encoded["input_ids"]), None if types is None else tuple(types))))
     truncated, dropped = check_cut(cut, len(kept), len(texts), longest, most, overlong)
     return Cut(tuple(kept), longest, truncated, dropped)
+
+
+def _encoded(
+    texts: Sequence[T], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[T, dict[str, list[int]]]]:
+    """Each text with what the tokenizer makes of it; many are read in one call."""
+    # An empty second text is none to the tokenizer, where it gets the one pair alone.
+    for alone, group in groupby(texts, lambda text: not text.second):
+        several = list(group)
+        for some in portions(several, [len(text.shown) for text in several]):
+            firsts, seconds = [text.text for text in some], [text.second or "" for text in some]
+            encoded = tokenizer(firsts, None if alone else seconds, verbose=False)
+            for i, text in enumerate(some):
+                yield text, {name: column[i] for name, column in encoded.items()}
 
 
 def check_cut(

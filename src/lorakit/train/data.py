@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lorakit.errors import ConfigError
+from lorakit.models.conversation import Message
 from lorakit.tasks import text_to_sql
 from lorakit.train import conversations
 from lorakit.train.data_sections import BuiltinData, DataSection, FileData
@@ -45,7 +46,10 @@ def load_examples(data: DataSection, split: Split, *, learning: bool = False) ->
         return _builtin(data, split)
     assert isinstance(data, FileData)
     examples = [example for reading in readings(data, split) for example in _read(reading, learning)]
-    return examples if data.system is None else [_with_system(e, data.system) for e in examples]
+    if data.system is None:
+        return examples
+    system: Message = {"role": "system", "content": data.system}
+    return [_with_system(example, system) for example in examples]
 
 
 def _read(reading: Reading, learning: bool) -> list[Example]:
@@ -71,10 +75,8 @@ def _builtin(data: BuiltinData, split: Split) -> list[Example]:
     ]
 
 
-def _with_system(example: Example, system: str) -> Example:
+def _with_system(example: Example, system: Message) -> Example:
     if not example.messages or example.messages[0]["role"] == "system":
         return example
     learnt = None if example.learnt is None else tuple(i + 1 for i in example.learnt)
-    return replace(
-        example, messages=({"role": "system", "content": system}, *example.messages), learnt=learnt
-    )
+    return replace(example, messages=(system, *example.messages), learnt=learnt)

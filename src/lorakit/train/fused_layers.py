@@ -71,6 +71,24 @@ def _compiled_forms(model: PreTrainedModel, packs: bool) -> list[tuple[nn.Module
     return found
 
 
+def forms_by_looks(model: nn.Module, *, packs: bool, length: int) -> list[tuple[nn.Module, Forward]]:
+    """The modules of a model without numbers that would run compiled, each with that form; nothing can be probed there.
+
+    Args:
+        model: On the meta device.
+        packs: Whether its batches are packed.
+        length: Of each document.
+    """
+    found: list[tuple[nn.Module, Forward]] = []
+    for module in model.modules():
+        known = _known(module, packs)
+        if known is None or (known.form is _attention and length > (_window(module) or length)):
+            continue
+        form = _attention_by_looks if known.form is _attention else known.form
+        found.append((module, partial(form, module, type(module).forward.__get__(module))))
+    return found
+
+
 class _Known(NamedTuple):
     """A module that looks like one that has a compiled form.
 
@@ -106,7 +124,7 @@ def _is_norm(module: nn.Module) -> bool:
         and isinstance(weight, nn.Parameter)
         and weight.dtype is torch.float32
         and not weight.requires_grad
-        and bool((weight.abs() > _SMALLEST).all())
+        and (weight.is_meta or bool((weight.abs() > _SMALLEST).all()))
     )
 
 
@@ -183,9 +201,7 @@ def _attention(
         and not (module.training and module.attention_dropout)
         and not _narrower(module, borders)
     ):
-        q, k, v = _together(hidden_states, module.q_proj, module.k_proj, module.v_proj)
-        cos, sin = position_embeddings
-        done = document_attention(q, k, v, cos, sin, borders, module.scaling)
+        done = _documents(module, hidden_states, position_embeddings, borders)
         if done is not None:
             return module.o_proj(done), None
     # Where its products were made already they are made again, so that only whole calls are ours.
@@ -198,13 +214,40 @@ def _attention(
     )
 
 
+def _documents(
+    module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], borders: Tensor
+) -> Tensor | None:
+    """What the attention of packed documents gives to its output layer."""
+    q, k, v = _together(hidden_states, module.q_proj, module.k_proj, module.v_proj)
+    cos, sin = position_embeddings
+    return document_attention(q, k, v, cos, sin, borders, module.scaling)
+
+
+def _attention_by_looks(
+    module: Any,
+    original: Forward,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As `_attention`, of a row that is known to be packed."""
+    borders = torch.empty(2, dtype=torch.int64, device=hidden_states.device)
+    done = _documents(module, hidden_states, position_embeddings, borders)
+    if done is None:
+        return original(hidden_states=hidden_states, position_embeddings=position_embeddings, **kwargs)
+    return module.o_proj(done), None
+
+
+def _window(module: Any) -> int | None:
+    """How many tokens back a token sees, where that is limited."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    return getattr(module.config, "sliding_window", None)
+
+
 def _narrower(module: Any, borders: Tensor) -> bool:
     """Whether a token of some document sees less than all before it."""
-    window = (
-        module.sliding_window
-        if hasattr(module, "sliding_window")
-        else getattr(module.config, "sliding_window", None)
-    )
+    window = _window(module)
     return window is not None and int(borders.diff().max()) > window
 
 

@@ -58,6 +58,7 @@ class Objective:
             of a batch are no strangers to each other.
         read: How much of a batch the model reads.
         joint: Whether the loss of a row depends on the rows beside it, so that a batch cannot be dealt out.
+        reads: What ``read`` counts: tokens, or images.
     """
 
     summed: Callable[[nn.Module, PreTrainedModel, Batch], Tensor]
@@ -66,6 +67,7 @@ class Objective:
     each: Losses | None = None
     read: Callable[[Batch], int] = tokens_read
     joint: bool = False
+    reads: str = "token"
 
     @classmethod
     def from_each(cls, each: Losses, count: Callable[[Batch], int], unit: str) -> Objective:

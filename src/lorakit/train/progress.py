@@ -15,19 +15,21 @@ class StepReport:
         step: How many steps are done.
         steps: How many there will be.
         loss: Mean over the learnt tokens of this step, in nats.
-        tokens_per_second: Tokens read (not only learnt ones), averaged since the start.
+        speed: Tokens or images read in a second (not only learnt ones), averaged since the start.
         seconds: Since the start.
         seconds_left: Expected.
         memory: The most bytes in use at once so far, see `lorakit.train.memory_use`; 0 where nobody knows.
+        reads: What the speed counts: ``"token"`` or ``"image"``.
     """
 
     step: int
     steps: int
     loss: float
-    tokens_per_second: float
+    speed: float
     seconds: float
     seconds_left: float
     memory: int = 0
+    reads: str = "token"
 
 
 class Progress(Protocol):
@@ -75,7 +77,7 @@ class PlainProgress:
             return
         self._last = report.seconds
         self.say(
-            f"step {report.step}/{report.steps}  loss {report.loss:.4f}  {report.tokens_per_second:,.0f} tokens/s  "
+            f"step {report.step}/{report.steps}  loss {report.loss:.4f}  {report.speed:,.0f} {report.reads}s/s  "
             f"{clock(report.seconds)} gone, {clock(report.seconds_left)} left{memory_words(report.memory)}"
         )
 
@@ -113,7 +115,7 @@ class RichProgress:
 
     def step(self, report: StepReport) -> None:
         detail = (
-            f"loss {report.loss:.3f}  {report.tokens_per_second:,.0f} tok/s  {clock(report.seconds)} gone, "
+            f"loss {report.loss:.3f}  {report.speed:,.0f} {report.reads}s/s  {clock(report.seconds)} gone, "
             f"{clock(report.seconds_left)} left{memory_words(report.memory)}"
         )
         self._update("training", report.step, report.steps, detail)

@@ -35,6 +35,7 @@ class Reporting(TrainerCallback):
         max_seconds: float | None,
         tokens: Sequence[int],
         unit: str,
+        reads: str = "token",
         measure: Callable[[], Mapping[str, float]] | None,
         adapters: Sequence[str] = (),
         best: Best | None = None,
@@ -42,6 +43,7 @@ class Reporting(TrainerCallback):
         tell: Tell | None = None,
         device: torch.device | str = "cpu",
         world: World | None = None,
+        begun: Callable[[], object] = lambda: None,
     ) -> None:
         """Make the callback.
 
@@ -53,6 +55,7 @@ class Reporting(TrainerCallback):
             max_seconds: When to stop.
             tokens: Tokens of each round of the plan, for the time that is left.
             unit: What is learnt, see `lorakit.train.loss.Objective`.
+            reads: What is read, see there.
             measure: Computes ``valid_loss``, and perhaps more, on the valid split.
             adapters: Their names where several learn in one pass: then each one's loss is told beside the mean.
             best: What to watch on the valid split; with its patience it ends the run.
@@ -60,10 +63,12 @@ class Reporting(TrainerCallback):
             tell: Tells trackers each line of ``metrics.jsonl``.
             device: Where the model is, for the memory that is told.
             world: The processes that train together; what they tell and decide is the same for all.
+            begun: Called when everything is ready for the first step.
         """
         self.metrics, self.progress, self.tokens, self.unit = metrics, progress, tokens, unit
+        self.reads = reads
         self.measure, self.best, self.keep = measure, best, keep
-        self.tell, self.device, self.world = tell, device, world or World()
+        self.tell, self.device, self.world, self.begun = tell, device, world or World(), begun
         self.grad_norm: float | None = None
         self._owes_measurement = False
         self._untold: list[Mapping[str, Any]] = []
@@ -139,6 +144,7 @@ class Reporting(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the clock."""
+        self.begun()
         self._began, self._resting = time.perf_counter() - self.seconds, 0.0
         if self.tell is not None:
             for line in self._untold:
@@ -167,7 +173,7 @@ class Reporting(TrainerCallback):
             time_left = max(0.0, min(time_left, self.max_seconds - self.seconds))
         memory = peak_memory(self.device)
         self.progress.step(
-            StepReport(step, state.max_steps, self._loss, speed, self.seconds, time_left, memory)
+            StepReport(step, state.max_steps, self._loss, speed, self.seconds, time_left, memory, self.reads)
         )
         # Asked last: whoever was told of the step may have pressed Ctrl-C at it.
         self.seconds, interrupted = self.world.most([self.seconds, float(self.interrupted.is_set())])
@@ -248,7 +254,7 @@ class Reporting(TrainerCallback):
             "learning_rate": self._rate,
             **({} if self.grad_norm is None else {"grad_norm": self.grad_norm}),
             f"learnt_{self.unit}s": learnt,
-            "tokens_per_second": round(speed, 1),
+            f"{self.reads}s_per_second": round(speed, 1),
             "seconds": round(self.seconds, 3),
             "peak_memory": memory,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from lorakit.plan.rehearsal import Device
 from lorakit.plan.together import flops_together, plan_together
 from lorakit.plan.work import training_flops
 from lorakit.train.recipe import Recipe
+from lorakit.train.rehearsed_step import compiled_step
 from lorakit.train.task import Task
 
 
@@ -56,10 +58,15 @@ def task_plan(task: Task, base: Architecture, shape: Shape) -> Plan:
         shape: Of the largest batch.
     """
     run = _run(task.recipe, shape)
+    form = compiled_step(task, run)
     if len(task.parts) > 1:
-        return plan_together(base, adapters_of(task, base), run, shape.shares)
-    method, targets = _attachable(task.parts[0], base)
-    return plan(base, method, targets, exclude=task.parts[0].recipe.adapter.exclude, run=run)
+        planned = plan_together(base, adapters_of(task, base), run, shape.shares, form=form)
+    else:
+        method, targets = _attachable(task.parts[0], base)
+        exclude = task.parts[0].recipe.adapter.exclude
+        planned = plan(base, method, targets, exclude=exclude, run=run, form=form)
+    words = () if form is None else form.words
+    return dataclasses.replace(planned, assumptions=(*planned.assumptions, *words))
 
 
 def step_flops(task: Task, base: Architecture, planned: Plan, shape: Shape) -> int:

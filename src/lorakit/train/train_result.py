@@ -22,7 +22,8 @@ class TrainResult:
         adapters: Name on ``model`` to the folder of each trained adapter; most runs have one.
         steps: Optimizer steps done, those before a resume included.
         seconds: Spent training, without loading and without scoring.
-        tokens: Tokens read.
+        tokens: Tokens read; where nothing is text, images.
+        reads: Which of the two: ``"token"`` or ``"image"``.
         learnt_tokens: Of these, tokens that were learnt; for a classifier, rows.
         losses: Mean loss over what each step taught, in nats; with several adapters the mean of theirs.
         losses_of: With several adapters each one's own, by name.
@@ -42,6 +43,7 @@ class TrainResult:
     steps: int
     seconds: float
     tokens: int
+    reads: str
     learnt_tokens: int
     losses: tuple[float, ...]
     losses_of: Mapping[str, Sequence[float]]
@@ -71,7 +73,7 @@ class TrainResult:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read in a second of training."""
+        """Tokens, or images, read in a second of training."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def plain(self) -> dict[str, Any]:
@@ -80,9 +82,9 @@ class TrainResult:
             "how": self.stopped_by or "finished",
             "steps": self.steps,
             "seconds": round(self.seconds, 3),
-            "tokens": self.tokens,
+            f"{self.reads}s": self.tokens,
             "learnt_tokens": self.learnt_tokens,
-            "tokens_per_second": round(self.tokens_per_second, 1),
+            f"{self.reads}s_per_second": round(self.tokens_per_second, 1),
             "last_loss": self.losses[-1],
             "valid_loss": self.valid_loss,
             "best": self.best,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.attach import detach
 from lorakit.errors import ConfigError
+from lorakit.garbage import seldom_collected
 from lorakit.train.activation_checkpointing import checkpoint_activations, wants_checkpointing
 from lorakit.train.arguments import arguments, without_printing
 from lorakit.train.around_batches import around_batches
@@ -78,8 +79,9 @@ def train(
         OutOfMemoryError: Memory ran out; the message says what to change.
         MissingDependencyError: A tracker of ``train.report_to`` is not installed.
     """
-    with ExitStack() as during:
-        return _train(recipe, model, tokenizer, resume, overwrite, progress, during)
+    with ExitStack() as during, ExitStack() as starting:
+        starting.enter_context(seldom_collected())
+        return _train(recipe, model, tokenizer, resume, overwrite, progress, during, starting)
 
 
 def _train(
@@ -90,8 +92,9 @@ def _train(
     overwrite: bool,
     progress: Progress | None,
     during: ExitStack,
+    starting: ExitStack,
 ) -> TrainResult:
-    """See `train`; ``during`` holds what must be undone when the run is over."""
+    """See `train`; ``during`` holds what must be undone when the run is over, ``starting`` before its first step."""
     world = join(model)
     progress = progress if progress is not None and world.is_main else Silent()
     folder = recipe.output
@@ -185,6 +188,7 @@ def _train(
         max_seconds=settings.max_seconds,
         tokens=[sum(learnt[i].length for share in shares for i in share) for shares in rounds],
         unit=task.objective.unit,
+        reads=task.objective.reads,
         measure=None if valid is None else lambda: task.measure(model, measured, collator),
         adapters=list(reports) if len(reports) > 1 else (),
         best=best,
@@ -192,6 +196,7 @@ def _train(
         tell=telling(told_to, model) if told_to else None,
         device=device,
         world=world,
+        begun=starting.close,
     )
     watch = GradientWatch(model, reports, progress.say)
     trainer = AdapterTrainer(
@@ -274,6 +279,7 @@ def _finish(
         steps=len(reporting.losses),
         seconds=reporting.seconds,
         tokens=reporting.tokens_read,
+        reads=reporting.reads,
         learnt_tokens=reporting.tokens_learnt,
         losses=tuple(reporting.losses),
         losses_of=reporting.losses_of,

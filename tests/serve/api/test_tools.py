@@ -14,7 +14,7 @@ import torch
 import lorakit as lk
 from lorakit.models.chat_template import save_template
 from lorakit.models.conversation import ConversationRenderer
-from lorakit.serve.api.schemas import ChatRequest
+from lorakit.serve.api.schemas.chat import ChatRequest
 from lorakit.serve.api.tools import Message, tool_use
 from lorakit.serve.requests import TokenEvent
 from tests.serve.api.test_chat import streamed

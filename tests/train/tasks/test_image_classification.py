@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from lorakit.errors import ConfigError, DataError
 from lorakit.models.cifar_resnet import CifarResNet
 from lorakit.models.image_classifier import image_head
 from lorakit.train import Recipe, evaluate, train
+from lorakit.train.progress import PlainProgress
 from tests.train.test_trainer import assert_resumes
 
 MakeImages = Callable[..., Recipe]
@@ -163,6 +166,19 @@ def test_a_network_of_the_callers_own(images: MakeImages) -> None:
     assert image_head(Own(), 3) == ("fc",)
     with pytest.raises(ConfigError, match="Own has no linear layer with 4 outputs"):
         image_head(Own(), 4)
+
+
+def test_speed_is_told_in_images(images: MakeImages, resnet: Path) -> None:
+    lines = io.StringIO()
+    result = train(images(resnet, train={"max_steps": 2}), progress=PlainProgress(lines, every_seconds=0))
+    assert " images/s " in lines.getvalue()
+    assert "token" not in lines.getvalue()
+    lines_kept = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    ended = next(line for line in lines_kept if "loss" in line)
+    assert ended["images_per_second"] > 0
+    assert "tokens_per_second" not in ended
+    assert result.plain()["images"] == result.tokens
+    assert result.plain()["images_per_second"] > 0
 
 
 def test_resuming(images: MakeImages, resnet: Path) -> None:

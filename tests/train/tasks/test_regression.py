@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 
 import lorakit as lk
 from lorakit.errors import DataError
-from lorakit.models import load_classifier
+from lorakit.models import Classifier, load_classifier
 from lorakit.train import Recipe, evaluate, train
-from lorakit.train.tasks.regression import OUTPUT
+from lorakit.train.tasks.regression import OUTPUT, start_head_at
 from tests.tiny_encoder import KINDS
 from tests.train.test_trainer import assert_resumes
 
@@ -57,6 +58,44 @@ def test_it_learns_and_peft_reads_adapter_and_head(measure: MakeTask) -> None:
         assert loss.item() == pytest.approx(
             (result.model(**batch).logits - labels).square().mean().item(), rel=1e-5
         )
+
+
+def test_a_new_head_starts_at_the_mean_of_the_training_numbers(measure: MakeTask) -> None:
+    """So the first loss is about their variance, wherever they lie."""
+    far = [{**row, "label": row["label"] + 100} for row in ROWS]
+    values = torch.tensor([row["label"] for row in far])
+    result = train(measure("far", far, train={"max_steps": 1, "batch_rows": len(far), "lr": 1e-9}))
+    assert result.losses[0] == pytest.approx(values.var(correction=0).item(), rel=0.25)
+    bias = lk.extract(result.model, result.name).tensors["classifier.bias"]["value"]
+    assert bias.item() == pytest.approx(values.mean().item(), rel=1e-6)
+
+
+def test_a_head_that_the_checkpoint_has_is_kept(
+    make_task: MakeTask, encoder_folder: Path, tmp_path: Path
+) -> None:
+    own = load_classifier(encoder_folder, OUTPUT, seed=4).model
+    torch.nn.init.constant_(own.classifier.bias, 7.0)
+    own.save_pretrained(tmp_path / "own")
+    for file in encoder_folder.glob("*token*"):
+        shutil.copy(file, tmp_path / "own")
+    result = train(make_task("regression", tmp_path / "own", ROWS, train={"max_steps": 1, "lr": 1e-9}))
+    assert lk.extract(result.model, result.name).tensors["classifier.bias"]["value"].item() == pytest.approx(
+        7
+    )
+
+
+def test_heads_of_every_shape_start_there() -> None:
+    class Deeper(torch.nn.Module):
+        def __init__(self, bias: bool) -> None:
+            super().__init__()
+            self.dense, self.out_proj = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1, bias=bias)
+
+    for bias in (True, False):
+        model = torch.nn.ModuleDict({"body": torch.nn.Linear(4, 4), "head": Deeper(bias)})
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        start_head_at(Classifier(model, OUTPUT, ("head",), True), 3.5)  # type: ignore[arg-type]
+        changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+        assert changed == ({"head.out_proj.bias"} if bias else set())
 
 
 def test_pairs_and_resuming(measure: MakeTask) -> None:

@@ -111,15 +111,15 @@ def test_rows_that_are_wrong(tagger: MakeTask, row: Any, message: str) -> None:
 
 
 def test_a_word_without_tokens() -> None:
-    class Encoded(dict[str, list[int]]):
-        def word_ids(self) -> list[int | None]:
+    class Encoded(dict[str, list[list[int]]]):
+        def word_ids(self, row: int) -> list[int | None]:
             return [None, 0, None]
 
     class Tokenizer:
         model_max_length = 64
 
-        def __call__(self, words: list[str], **_: Any) -> Encoded:
-            return Encoded(input_ids=[2, 5, 3])
+        def __call__(self, rows: list[list[str]], **_: Any) -> Encoded:
+            return Encoded(input_ids=[[2, 5, 3] for _ in rows])
 
     words = [TaggedWords("f:7", ("cat", "\u200b"), ("X", "O"))]
     with pytest.raises(DataError, match=r"f:7: the tokenizer makes no token of the word"):

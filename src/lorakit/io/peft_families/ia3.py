@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lorakit.core.expressions import expression
 from lorakit.core.method import Method
 from lorakit.core.target import Shape
 from lorakit.errors import AdapterFileError
@@ -86,5 +87,5 @@ class Ia3Family(Family):
 def _named(path: str, entries: Any) -> bool:
     """Whether PEFT's ``feedforward_modules`` name a path: a list of endings, or an expression for the whole."""
     if isinstance(entries, str):
-        return re.fullmatch(entries, path) is not None
+        return expression(entries).matches(path)
     return any(path.endswith(entry) for entry in entries or ())

@@ -37,12 +37,14 @@ class Init:
         subtracted: Whether the change is measured from the start, which is then kept beside the factors.
         of_change: Whether what ``start`` gives is ``s B A``: both factors are divided by the root of the scale.
         needs: The function that computes the start from data; empty where the weight alone is enough.
+        lowers_rank: Whether that function gives each target at most the rank that it can have.
     """
 
     start: Start
     subtracted: bool = False
     of_change: bool = False
     needs: str = ""
+    lowers_rank: bool = False
 
     def factors(
         self, target: Target, r: int, scale: float, generator: torch.Generator | None
@@ -74,7 +76,7 @@ INITS: dict[str, Init] = {
     "orthogonal": Init(orthogonal),
     "pissa": Init(pissa, subtracted=True, of_change=True),
     "olora": Init(olora, subtracted=True),
-    "eva": Init(measured, needs="lorakit.eva"),
+    "eva": Init(measured, needs="lorakit.eva", lowers_rank=True),
     "lora_ga": Init(measured, subtracted=True, needs="lorakit.lora_ga"),
     "given": Init(measured, subtracted=True, needs="lorakit.read(..., initial=...)"),
 }

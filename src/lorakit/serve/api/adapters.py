@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lorakit.errors import AdapterExistsError, InvalidRequestError, ModelNotFoundError
 from lorakit.serve.api.auth import Tenant
-from lorakit.serve.api.schemas import AliasAdapter, LoadAdapter, PinAdapter, VllmLoad, VllmUnload
+from lorakit.serve.api.schemas.adapters import AliasAdapter, LoadAdapter, PinAdapter, VllmLoad, VllmUnload
 from lorakit.serve.api.service import Service
 from lorakit.serve.entries import AdapterEntry, UnloadReport
 from lorakit.serve.versions import parse_id

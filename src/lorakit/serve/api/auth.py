@@ -24,7 +24,7 @@ from typing import Annotated
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from lorakit.errors import ConfigError, InvalidKeyError, PermissionDeniedError
-from lorakit.serve.api.schemas import Strict
+from lorakit.serve.api.schemas.fields import Strict
 
 
 @dataclass(frozen=True)

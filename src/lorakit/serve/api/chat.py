@@ -18,7 +18,7 @@ from lorakit.models.conversation import ConversationRenderer, normalised
 from lorakit.serve.api.events import DONE, Followed, event, event_stream, unless_gone
 from lorakit.serve.api.record import RequestRecord
 from lorakit.serve.api.sampling import request_maker
-from lorakit.serve.api.schemas import ChatRequest
+from lorakit.serve.api.schemas.chat import ChatRequest
 from lorakit.serve.api.service import Service
 from lorakit.serve.api.tokens import TokenTexts
 from lorakit.serve.api.tools import Message, ToolUse, check_tools, tool_use

@@ -18,7 +18,8 @@ from lorakit.serve.api.chat import closing, number, usage
 from lorakit.serve.api.events import Followed, event, event_stream, unless_gone
 from lorakit.serve.api.record import RequestRecord
 from lorakit.serve.api.sampling import request_maker
-from lorakit.serve.api.schemas import MOST_CHOICES, CompletionRequest
+from lorakit.serve.api.schemas.completions import CompletionRequest
+from lorakit.serve.api.schemas.generation import MOST_CHOICES
 from lorakit.serve.api.service import Service
 from lorakit.serve.api.tokens import TokenTexts
 from lorakit.serve.requests import Event, FinishEvent, Logprob, PromptEvent, TokenEvent

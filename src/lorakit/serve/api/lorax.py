@@ -16,7 +16,8 @@ from lorakit.serve.api.events import Followed, event, event_stream, unless_gone
 from lorakit.serve.api.naming import Wanted
 from lorakit.serve.api.record import RequestRecord
 from lorakit.serve.api.sampling import request_maker
-from lorakit.serve.api.schemas import Generation, LoraxParameters, LoraxRequest
+from lorakit.serve.api.schemas.generation import Generation
+from lorakit.serve.api.schemas.lorax import LoraxParameters, LoraxRequest
 from lorakit.serve.api.service import Service
 from lorakit.serve.mixes import mix_name
 from lorakit.serve.requests import Event, FinishEvent, TokenEvent

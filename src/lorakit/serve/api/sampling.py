@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 
 from lorakit.errors import ConfigError, InvalidRequestError
-from lorakit.serve.api.schemas import Generation, ResponseFormat, StructuredOutputs
+from lorakit.serve.api.schemas.generation import Generation, ResponseFormat, StructuredOutputs
 from lorakit.serve.api.service import Make, Service
 from lorakit.serve.requests import GenerationRequest, Grammar
 from lorakit.serve.sampling import Sampling

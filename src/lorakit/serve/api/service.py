@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from lorakit.errors import (
 from lorakit.models.conversation import ConversationRenderer
 from lorakit.serve.api.auth import Keys, Tenant
 from lorakit.serve.api.errors import as_serve_error
+from lorakit.serve.api.leasing import Leases, leased, release
 from lorakit.serve.api.limits import Admission, Limits
 from lorakit.serve.api.metrics import Metrics
 from lorakit.serve.api.naming import Wanted, parse_model
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from lorakit.serve.stream import Stream
 
 T = TypeVar("T")
-
-Leases = list["Lease | None"]
-"""Holds on a model; None is the base."""
 
 Make = Callable[["Lease | None"], GenerationRequest]
 """Makes the engine's request of one prompt, once its lease is there."""
@@ -202,7 +200,7 @@ class Service:
         try:
             yield held
         finally:
-            _release(held)
+            release(held)
 
     def renderer(self, wanted: Wanted, record: RequestRecord) -> ConversationRenderer:
         """What makes prompts of conversations for a model that is held."""
@@ -239,11 +237,11 @@ class Service:
                 for _ in range(count):
                     leases.append(await self.lease(wanted, record.tenant))
             except BaseException:
-                _release(leases)
+                release(leases)
                 raise
             if len({lease.version.digest for lease in leases if lease is not None}) <= 1:
                 return leases
-            _release(leases)
+            release(leases)
 
     @staticmethod
     def _label(lease: Lease, wanted: Wanted) -> str:
@@ -312,26 +310,6 @@ class Service:
     def close(self) -> None:
         """End the service's own threads."""
         self._encoding.shutdown(wait=False, cancel_futures=True)
-
-
-async def leased(future: Future[Lease]) -> Lease:
-    """Wait for a lease; one that comes after its request was given up is given back."""
-    try:
-        return await asyncio.shield(asyncio.wrap_future(future))
-    except asyncio.CancelledError:
-        future.add_done_callback(_give_back)
-        raise
-
-
-def _release(leases: Sequence[Lease | None]) -> None:
-    for lease in leases:
-        if lease is not None:
-            lease.release()
-
-
-def _give_back(future: Future[Lease]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result().release()
 
 
 async def _together(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event], None]:

@@ -14,7 +14,7 @@ from lorakit.serve.requests import Grammar, TokenEvent
 from lorakit.serve.tool_calls import Call, CallReader, ToolFormat, forced, format_of
 
 if TYPE_CHECKING:
-    from lorakit.serve.api.schemas import ChatRequest
+    from lorakit.serve.api.schemas.chat import ChatRequest
 
 _LETTERS = string.ascii_letters + string.digits
 

@@ -57,7 +57,7 @@ def summed_image_loss(model: nn.Module, base: PreTrainedModel, batch: Mapping[st
     return F.cross_entropy(image_logits(model, batch), batch["labels"], reduction="sum")
 
 
-IMAGE = Objective(summed_image_loss, count_labels, "row", read=count_labels)
+IMAGE = Objective(summed_image_loss, count_labels, "row", read=count_labels, reads="image")
 
 
 class ImageClassification(HeadedTask):

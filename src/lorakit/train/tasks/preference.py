@@ -295,8 +295,8 @@ def preference_rows(
     """
     renderer = Renderer(tokenizer)
     rows, cut, longest = [], [], 0
-    for pair in pairs:
-        chosen, rejected = (renderer.row(example) for example in pair.examples)
+    answers = renderer.rows([example for pair in pairs for example in pair.examples])
+    for pair, chosen, rejected in zip(pairs, answers, answers, strict=True):
         length = max(len(chosen.ids), len(rejected.ids))
         longest = max(longest, length)
         if length > max_length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.models import Classifier, ResolvedModel
 from lorakit.train.collate import Collator, LabelCollator
 from lorakit.train.columns import column_number
 from lorakit.train.correlation import pearson, spearman
@@ -19,6 +21,7 @@ from lorakit.train.data_sections import LabelledData
 from lorakit.train.labelled import LabelledRow, table_texts
 from lorakit.train.loss import Objective, count_labels, without
 from lorakit.train.progress import Progress
+from lorakit.train.recipe import Recipe
 from lorakit.train.results import Answer, EvalResult
 from lorakit.train.row_set import RowSet
 from lorakit.train.task import telling
@@ -65,13 +68,29 @@ def squared_errors(
 SQUARED_ERROR = Objective.from_each(squared_errors, count_labels, "row")
 
 
+def start_head_at(classifier: Classifier, value: float) -> None:
+    """Let a head of one output give about this value to every text; one without a bias stays as it is."""
+    for path in classifier.head:
+        for module in classifier.model.get_submodule(path).modules():
+            if isinstance(module, nn.Linear) and module.out_features == 1 and module.bias is not None:
+                nn.init.constant_(module.bias, value)
+
+
 class Regression(HeadedTask):
-    """A head of one output, and the recipe's adapter on the body; what is minimised is the mean squared error."""
+    """A head of one output, and the recipe's adapter on the body; what is minimised is the mean squared error.
+
+    A new head starts at the mean of the training numbers: the first loss is about their variance, and no step is spent
+    on finding out what size they have.
+    """
 
     objective = SQUARED_ERROR
     measures = ("valid_loss", "valid_spearman")
     model_kind = "sequence-classification"
     peft_task = "SEQ_CLS"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self._mean: float | None = None
 
     def _texts(self, split: Split) -> list[MeasuredText]:
         data = self.recipe.data
@@ -92,10 +111,21 @@ class Regression(HeadedTask):
         """Texts with their numbers."""
         self.labels = OUTPUT
         overlong = self.recipe.train.overlong if split == "train" else "truncate"
-        return self._rows(self._texts(split), tokenizer, overlong)
+        made = self._rows(self._texts(split), tokenizer, overlong)
+        if split == "train":
+            self._mean = math.fsum(row.labels[0] for row in made.rows) / len(made.rows)
+        return made
 
     def labels_of_data(self) -> tuple[str, ...]:
         return OUTPUT
+
+    def read_model(self, resolved: ResolvedModel | str, labels: Sequence[str] | None) -> Classifier:
+        """The model with its head; to train, a new one starts at the mean of the training numbers."""
+        made = super().read_model(resolved, labels)
+        assert isinstance(made, Classifier)
+        if made.fresh and self._mean is not None:
+            start_head_at(made, self._mean)
+        return made
 
     def accept(self, model: PreTrainedModel) -> None:
         """Its head must have one output."""

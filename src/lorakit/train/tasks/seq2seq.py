@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.models.encoding import encode_ids
 from lorakit.train.collate import Collator, PaddedCollator
 from lorakit.train.cutting import Overlong, check_cut
 from lorakit.train.examples import Example
@@ -208,9 +209,9 @@ def seq2seq_rows(
     """
     end = tokenizer.eos_token_id
     rows, cut, longest = [], [], 0
-    for example in examples:
-        ids = list(tokenizer(example.source, verbose=False)["input_ids"])
-        labels = list(tokenizer(text_target=example.target, verbose=False)["input_ids"])
+    sources = encode_ids(tokenizer, [example.source for example in examples])
+    targets = encode_ids(tokenizer, [example.target for example in examples], target=True)
+    for example, ids, labels in zip(examples, sources, targets, strict=True):
         if end is not None and labels[-1:] != [end]:
             labels.append(end)
         length = max(len(ids), len(labels))
@@ -220,8 +221,8 @@ def seq2seq_rows(
             if overlong == "drop":
                 continue
             # The source keeps the token that ends it, which encoders look for; a cut target has no end.
-            ids = ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
-            labels = labels[:max_length]
+            del ids[max_length - 1 : -1]
+            del labels[max_length:]
         rows.append(Seq2SeqRow(example.id, tuple(ids), tuple(labels)))
     truncated, dropped = check_cut(cut, len(rows), len(examples), longest, max_length, overlong)
     return Seq2SeqSet(rows=tuple(rows), longest=longest, truncated=truncated, dropped=dropped)

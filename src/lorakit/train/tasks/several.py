@@ -135,7 +135,11 @@ class Several(Task):
             return losses.new_zeros(len(self.names)).index_add(0, owners[rows], losses)
 
         self.objective = Objective(
-            summed, self._counts, inner.unit, read=lambda batch: inner.read(without(batch, _OWNERS))
+            summed,
+            self._counts,
+            inner.unit,
+            read=lambda batch: inner.read(without(batch, _OWNERS)),
+            reads=inner.reads,
         )
         self._inner = inner
 

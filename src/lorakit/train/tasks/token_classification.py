@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import DataError, listing, near_matches
+from lorakit.models.encoding import portions
 from lorakit.train.classifier_scores import accuracy, label_scores, macro_f1
 from lorakit.train.collate import Collator, PaddedCollator
 from lorakit.train.columns import column_words
@@ -227,39 +228,60 @@ def tag_rows(
     number = {name: i for i, name in enumerate(names)}
     most = min(max_length, tokenizer.model_max_length)
     rows, cut, longest = [], [], 0
-    for text in texts:
+    for text, encoded in _encoded(texts, tokenizer):
         for tag in text.tags:
             if tag not in number:
                 raise DataError(
                     f"{text.place}: the tag {tag!r} is none of those of the training data.{near_matches(tag, names)} "
                     f"Those are: {listing(names, most=20)}."
                 )
-        encoded: Any = tokenizer(list(text.words), is_split_into_words=True, verbose=False)
-        longest = max(longest, len(encoded["input_ids"]))
-        _check_words(text, encoded)
-        if len(encoded["input_ids"]) > most:
+        longest = max(longest, len(encoded.ids))
+        _check_words(text, encoded.words)
+        if len(encoded.ids) > most:
             cut.append(text.place)
             if overlong == "drop":
                 continue
-            encoded = tokenizer(list(text.words), is_split_into_words=True, truncation=True, max_length=most)
-        labels = [IGNORED if word is None else number[text.tags[word]] for word in _first_tokens(encoded)]
-        rows.append(TokenRow(text.place, tuple(encoded["input_ids"]), tuple(labels)))
+            shorter: Any = tokenizer(
+                list(text.words), is_split_into_words=True, truncation=True, max_length=most
+            )
+            encoded = _Encoded(shorter["input_ids"], shorter.word_ids())
+        labels = [
+            IGNORED if word is None else number[text.tags[word]] for word in _first_tokens(encoded.words)
+        ]
+        rows.append(TokenRow(text.place, tuple(encoded.ids), tuple(labels)))
     truncated, dropped = check_cut(cut, len(rows), len(texts), longest, most, overlong)
     return TaggedSet(
         rows=tuple(rows), names=tuple(names), longest=longest, truncated=truncated, dropped=dropped
     )
 
 
-def _first_tokens(encoded: Any) -> Iterator[int | None]:
+class _Encoded(NamedTuple):
+    """Token ids, and for each token the number of its word; None for those that the tokenizer adds."""
+
+    ids: list[int]
+    words: list[int | None]
+
+
+def _encoded(
+    texts: Sequence[TaggedWords], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[TaggedWords, _Encoded]]:
+    """Each text with its tokens; many are read in one call."""
+    for some in portions(texts, [sum(map(len, text.words)) for text in texts]):
+        encoded: Any = tokenizer([list(text.words) for text in some], is_split_into_words=True, verbose=False)
+        for i, text in enumerate(some):
+            yield text, _Encoded(encoded["input_ids"][i], encoded.word_ids(i))
+
+
+def _first_tokens(words: Sequence[int | None]) -> Iterator[int | None]:
     """For each token the word that begins there, or None."""
     before = None
-    for word in encoded.word_ids():
+    for word in words:
         yield word if word != before else None
         before = word
 
 
-def _check_words(text: TaggedWords, encoded: Any) -> None:
-    read = {word for word in encoded.word_ids() if word is not None}
+def _check_words(text: TaggedWords, words: Sequence[int | None]) -> None:
+    read = {word for word in words if word is not None}
     for i, word in enumerate(text.words):
         if i not in read:
             raise DataError(f"{text.place}: the tokenizer makes no token of the word {word!r}: leave it out.")
