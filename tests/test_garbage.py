@@ -32,3 +32,14 @@ def test_little_is_left_even_where_there_is_much_garbage() -> None:
             cycle: list[object] = []
             cycle.append(cycle)
         assert gc.get_stats()[0]["collections"] > done
+
+
+def test_blocks_of_two_threads_that_overlap_leave_it_as_before() -> None:
+    before = gc.get_threshold()
+    first, second = seldom_collected(), seldom_collected()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_threshold()[0] > 100 * before[0]
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == before

@@ -6,10 +6,13 @@ import contextlib
 import random
 import re
 import time
+import tracemalloc
 
 import pytest
 
-from lorakit.core.expressions import LONGEST, Expression
+from lorakit.core import effort, expressions
+from lorakit.core.effort import shared_effort
+from lorakit.core.expressions import LONGEST, Expression, expression
 from lorakit.core.selection import fullmatch, pattern_matches
 from lorakit.errors import ConfigError
 
@@ -32,6 +35,13 @@ LEGITIMATE = [
     r".*\bmlp\b.*",
     r"(?s:.*?)_proj",
     r"(?:[^.]*?\.)+?(?i:V_PROJ)",
+    r"^(model)(?!.*(lm_head|output|emb|wte|shared)).*",
+    r"^(?!.*mlp).*(?:q_proj|v_proj).*",
+    r"(?:.*?(?:vision|model).*?(?:attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.down_proj)",
+    r".+q_proj|(?!)",
+    "model.layers.0.self_attn.q_proj|model.layers.1.mlp.up_proj",
+    r"model\.layers\.0\.mlp\.up_proj|model\.layers\.10\.mlp\.up_proj",
+    r"model.layers.(0|1)(?:.mlp)?(?:\..+)+",
 ]
 EVIL = [
     r"(a+)+$",
@@ -86,6 +96,71 @@ def test_steps_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "(?:(?=(?:[a-z.]" + "|" * 9_000 + ")*)[a-z.])*!",
+        "(?:(?:){9}){9}" * 700 + "(?:(?:){9999}){9999}(?=b)",
+    ],
+)
+def test_ways_of_nothing_are_counted(text: str) -> None:
+    started, known = time.perf_counter(), Expression(text)
+    with pytest.raises(ConfigError, match="too many steps"):
+        known.matches("model.layers" + "a" * 200)
+    assert time.perf_counter() - started < 5
+
+
+def test_the_expressions_of_a_file_share_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effort, "_STEPS_OF_A_FILE", 10**6)  # a tenth, for a quick test
+
+    def read() -> None:
+        for n in range(1_000_000):
+            known = Expression(rf"(\w+\.)*x{n}(a|b)")
+            for path in PATHS:
+                known.matches(path)
+
+    started = time.perf_counter()
+    with shared_effort(), pytest.raises(ConfigError, match="after the other patterns of its file"):
+        read()
+    with shared_effort():  # another file
+        assert Expression(r"(\w+\.)*q_proj").matches(PATHS[0])
+    assert time.perf_counter() - started < 5
+
+
+def test_what_is_kept_ready_is_small() -> None:
+    tracemalloc.start()
+    try:
+        expression("(x|y)" + "(?:abcdefgh)*" * 60)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 200 * 785
+    for n in range(100):
+        expression(f"{n}." + "a" * 5_000)
+    assert sum(len(text) for text, _ in expressions._known) <= expressions._REMEMBERED
+
+
+def test_many_plain_names_may_be_long() -> None:
+    paths = [f"model.layers.{n}.self_attn.q_proj" for n in range(2_000)]
+    text = "|".join(map(re.escape, paths))
+    assert len(text) > LONGEST
+    assert fullmatch(text, [*paths, "model.layers.0.mlp"]) == paths
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [(r"(?a:\w+)x?", "é"), (r"(?a:[^é]\w*)é?", "aé"), (r"(?a:\w(?u:\w+))x?", "aéx"), ("(?i:É)b?", "é")],
+)
+def test_flags_inside_mean_what_re_says(text: str, path: str) -> None:
+    assert Expression(text).matches(path) is (re.fullmatch(text, path) is not None)
+
+
+def test_what_can_never_match_matches_nothing() -> None:
+    for text in ("(?!)", "a*(?!)", "(?:(?!))+"):
+        assert not Expression(text).matches("a")
+        assert not Expression(text).matches("")
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("(", "not a regular expression"),
@@ -94,7 +169,12 @@ def test_steps_are_counted() -> None:
         (r"(a)?(?(1)b|c)", "choice by an earlier group"),
         ("(" * 3000 + ")" * 3000, "nests too deeply"),
         ("a{99999999999999999999}", "counts too far"),
-        ("a" * (LONGEST + 1), "characters; at most"),
+        ("a." * LONGEST, "characters; at most"),
+        ("a{" + "9" * 5000 + "}", "not a regular expression|counts too far"),
+        ("(?=" * 280 + "a" + ")" * 280, "nests too deeply"),
+        ("(?a)(?u)b", "not a regular expression"),
+        ("(?<=a|bc)d", "look-behind requires fixed-width"),
+        ("(?<!a*)d", "look-behind requires fixed-width"),
     ],
 )
 def test_what_is_refused(text: str, says: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorakit.core import effort
+from lorakit.core.effort import shared_effort
 from lorakit.core.endings import smallest_pattern
 from lorakit.core.selection import pattern_matches
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, ConfigError
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import DEFAULTS
 from lorakit.io.peft_keys import Found
@@ -100,9 +104,14 @@ def test_patterns_answer_as_one_by_one() -> None:
         r"^c\.e": 6,
         "x.*": 7,
         r"^x\.y": 8,
+        r"k\.l.m\-n": 10,
+        "k.l.m": 11,
+        r"c\+\.d": 12,
+        "d[q]": 13,
     }
     fast = Patterns(pattern, 0)
-    for path in ("a.b", "z.b", "c.d", "c.e", "q.c.d", "x.y", "x.xq", "none", "cxe"):
+    others = ("k.l.m-n", "k.l_m-n", "kxl.m-n", "a.k_l.m", "k.lm", "c+.d", "d[q]", "a.d[q]")
+    for path in ("a.b", "z.b", "c.d", "c.e", "q.c.d", "x.y", "x.xq", "none", "cxe", *others):
         slow = next((value for key, value in pattern.items() if pattern_matches(key, path)), 0)
         assert fast[path] == slow, path
 
@@ -122,3 +131,34 @@ def test_written_patterns_are_looked_up_as_they_would_match(
     fast = Patterns(pattern, default)
     for path in values:
         assert fast[path] == next((v for key, v in pattern.items() if pattern_matches(key, path)), default)
+
+
+@pytest.mark.parametrize("written", [str, re.escape, lambda path: "^" + path])
+def test_a_key_for_each_of_many_targets(written: Any) -> None:
+    paths_ = [f"model.layers.{n}.self_attn.{name}_proj" for n in range(500) for name in "qkvo"]
+    started = time.perf_counter()
+    with shared_effort():
+        found = Patterns({written(path): n for n, path in enumerate(paths_)}, None)
+        assert [found[path] for path in paths_] == list(range(2_000))
+    assert time.perf_counter() - started < 5
+
+
+def test_all_patterns_of_a_file_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effort, "_STEPS_OF_A_FILE", 10**6)  # a tenth, for a quick test
+    hostile: list[list[str]] = [
+        [rf"(\w+\.)*(a|b){n}" for n in range(3_000)],
+        [rf"[a-z]{n}" for n in range(100_000)],
+        ["".join("." if n >> bit & 1 else "m" for bit in range(17)) for n in range(2**17)],
+        ["m" * n for n in range(1, 3_000)],
+    ]
+
+    def read(keys: list[str]) -> None:
+        found = Patterns(dict.fromkeys(keys, 1), 0)
+        for n in range(10_000):
+            assert found[f"model.layers.{n}.some.{'x' * 17}"] in (0, 1)
+
+    for keys in hostile:
+        started = time.perf_counter()
+        with shared_effort(), pytest.raises(ConfigError, match="too many steps"):
+            read(keys)
+        assert time.perf_counter() - started < 5

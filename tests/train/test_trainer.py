@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -458,3 +459,24 @@ def test_garbage_is_looked_for_seldom_until_the_first_step(
     with pytest.raises(DataError):
         train(recipe("other", max_steps=1))
     assert gc.get_threshold() == usual
+
+
+def test_what_an_earlier_run_left_in_a_cycle_is_gone_before_the_next(
+    recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    class Model:
+        itself: Model
+
+    model = Model()
+    model.itself = model
+    left = weakref.ref(model)
+    asked = recipe(max_steps=1)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    gc.disable()
+    try:
+        del model
+        with pytest.raises(DataError):
+            train(asked)
+        assert left() is None
+    finally:
+        gc.enable()

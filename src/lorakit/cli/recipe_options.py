@@ -6,7 +6,6 @@ are made when the command is the one that runs, so that the other commands do no
 
 from __future__ import annotations
 
-import gc
 import inspect
 from functools import cache
 from pathlib import Path
@@ -73,7 +72,6 @@ def _flags() -> tuple[Any, ...]:
         from lorakit.train.recipe_keys import recipe_keys
 
         keys = recipe_keys()
-    gc.freeze()  # what has been imported stays: no later search for garbage need look through it
     parameters = [
         inspect.Parameter(
             f"key{i}",

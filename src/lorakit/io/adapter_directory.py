@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.adapter import AdapterState
+from lorakit.core.effort import shared_effort
 from lorakit.errors import AdapterFileError, listing, near_matches
 from lorakit.io.embedded import Embedded, parse_embedded
 from lorakit.io.native import PEFT_TYPE, read_native, to_native
@@ -37,6 +38,7 @@ _MOST_CONFIG_BYTES = 50_000_000
 _MOST_ATTEMPTS = 20
 
 
+@shared_effort()
 def read(
     path: str | os.PathLike[str],
     *,

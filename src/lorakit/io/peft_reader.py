@@ -43,8 +43,8 @@ def read_peft(
     if not tensors:
         raise AdapterFileError("The adapter's file holds no tensors.")
     keys = sort_keys(tensors.items())
-    reader = _Reader(config, keys)
     try:
+        reader = _Reader(config, keys)
         for site in find_sites(keys.factors, config, embedded, outline):
             reader.low_rank(site)
         for path, method, shape, found in read_token_rows(keys, config, embedded, outline):

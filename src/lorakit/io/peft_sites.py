@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.core.endings import endings
-from lorakit.core.expressions import expression
-from lorakit.core.selection import ends_with, pattern_matches
+from lorakit.core.effort import take_steps
+from lorakit.core.expressions import Expression, expression
+from lorakit.core.selection import ends_with
 from lorakit.errors import AdapterFileError, listing
 from lorakit.io.embedded import Embedded
 from lorakit.io.outline import Outline
@@ -187,32 +187,59 @@ def _parameter_sites(
 class Patterns:
     """``rank_pattern`` or ``alpha_pattern``: the value for a path, by the first key that matches it.
 
-    Keys that are nothing but escaped text, an ending or after ``^`` a whole path, are looked up and not
-    tried one by one.
+    Keys that are nothing but names and dots, an ending or after ``^`` a whole path, are looked up and not tried one by
+    one: a file may have one for each of its targets.
+
+    Raises:
+        ConfigError: A key is no regular expression, or all together take too long (see `lorakit.core.expressions`).
     """
 
     def __init__(self, pattern: Mapping[str, Any], default: Any) -> None:
         self._default = default
-        self._whole: dict[str, tuple[int, Any]] = {}
-        self._endings: dict[str, tuple[int, Any]] = {}
-        self._expressions: list[tuple[int, str, Any]] = []
+        self._whole, self._endings = _Names(), _Names()
+        self._expressions: list[tuple[int, str, Expression, Any]] = []
         for place, (key, value) in enumerate(pattern.items()):
             text = key.removeprefix("^")
-            literal = text.replace("\\.", ".")
-            if literal and text == re.escape(literal):
-                table = self._endings if text == key else self._whole
-                table.setdefault(literal, (place, value))
+            if _PLAIN.fullmatch(text):
+                (self._endings if text == key else self._whole).add(text, (place, value))
             else:
-                self._expressions.append((place, key, value))
+                self._expressions.append((place, key, Expression(key, ending=True), value))
 
     def __getitem__(self, path: str) -> Any:
-        hits = [self._whole[path]] if path in self._whole else []
-        if self._endings:
-            hits += [self._endings[e] for e in endings(path) if e in self._endings]
+        hits = [*self._whole.of(path, endings=False), *self._endings.of(path, endings=True)]
         place, value = min(hits, key=lambda hit: hit[0], default=(None, self._default))
-        for at, key, other in self._expressions:
+        for at, key, known, other in self._expressions:
             if place is not None and at > place:
                 break
-            if pattern_matches(key, path):
+            if (key.endswith("]") and ends_with(path, key)) or known.matches(path):
                 return other
         return value
+
+
+_PLAIN = re.compile(r"(?:[\w.-]|\\[^\w\s])+")
+
+
+class _Names:
+    """Plain keys by their length and by where they have dots without a backslash, which stand for any character."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, dict[tuple[int, ...], dict[str, tuple[int, Any]]]] = {}
+
+    def add(self, key: str, hit: tuple[int, Any]) -> None:
+        letters = re.findall(r"\\?.", key)
+        dots = tuple(n for n, letter in enumerate(letters) if letter == ".")
+        name = "".join(letter[-1] for letter in letters)
+        self._tables.setdefault(len(name), {}).setdefault(dots, {}).setdefault(name, hit)
+
+    def of(self, path: str, *, endings: bool) -> Iterator[tuple[int, Any]]:
+        """What was added for a path or, if asked, for an ending of it."""
+        for length, tables in self._tables.items():
+            take_steps(1, "", path)
+            if length == len(path) or (endings and path[-length - 1 : -length] == "."):
+                for dots, names in tables.items():
+                    take_steps(4 + length // 4, next(iter(names)), path)
+                    letters = list(path[-length:])
+                    for n in dots:
+                        letters[n] = "."
+                    if (hit := names.get("".join(letters))) is not None:
+                        yield hit

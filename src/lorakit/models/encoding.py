@@ -32,7 +32,6 @@ def encode_ids(
             text_target=list(some) if target else None,
             add_special_tokens=special,
             return_attention_mask=False,
-            return_token_type_ids=False,
             verbose=False,
         )
         found += encoded["input_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -79,6 +80,7 @@ def train(
         OutOfMemoryError: Memory ran out; the message says what to change.
         MissingDependencyError: A tracker of ``train.report_to`` is not installed.
     """
+    gc.collect()  # an earlier run's model may be part of a cycle, and must not stay beside this one's
     with ExitStack() as during, ExitStack() as starting:
         starting.enter_context(seldom_collected())
         return _train(recipe, model, tokenizer, resume, overwrite, progress, during, starting)

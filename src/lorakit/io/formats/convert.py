@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.adapter import AdapterSpec, AdapterState
+from lorakit.core.effort import shared_effort
 from lorakit.errors import AdapterFileError, listing, near_matches
 from lorakit.io.adapter_directory import CONFIG, WEIGHTS, Form, read, why_not_peft, write
 from lorakit.io.formats.cloneofsimo import CLONEOFSIMO
@@ -121,6 +122,7 @@ def convert(
     )
 
 
+@shared_effort()
 def read_any(
     path: str | os.PathLike[str],
     *,

@@ -17,14 +17,14 @@ from torch import Tensor
 from lorakit.core.adapter import AdapterSpec, AdapterState
 from lorakit.core.endings import smallest_pattern
 from lorakit.core.method import Method
-from lorakit.core.selection import pattern_matches
 from lorakit.core.target import Shape
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, ConfigError
 from lorakit.io.formats.format import Format, Hints, Tensors, Written
 from lorakit.io.formats.modules import ALPHA, DOWN, UP, plainest, read_module, scalar, write_module
 from lorakit.io.formats.names import COMPONENTS, split_component
 from lorakit.io.peft_keys import Found
 from lorakit.io.peft_naming import number
+from lorakit.io.peft_sites import Patterns
 from lorakit.io.strictness import Complaints
 from lorakit.methods import DoRA, LoRA
 
@@ -135,7 +135,7 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             settings.setdefault(part, {})[name] = value
         for values in settings.values():
             float(values.get("lora_alpha", 1))
-            dict(values.get("alpha_pattern") or {})
+            values["alpha_pattern"] = Patterns(values.get("alpha_pattern") or {}, values.get("lora_alpha"))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterFileError(
             f"{SETTINGS} in the metadata is not as diffusers writes it: {error}."
@@ -150,8 +150,10 @@ def _with_alpha(
     said = settings.get(part)
     if said is None or "lora_alpha" not in said:
         return lora
-    patterns = said.get("alpha_pattern") or {}
-    alpha = next((a for key, a in patterns.items() if pattern_matches(key, rest)), said["lora_alpha"])
+    try:
+        alpha = said["alpha_pattern"][rest]
+    except ConfigError as error:
+        raise AdapterFileError(f"{SETTINGS} in the metadata makes no sense: {error}") from error
     if ALPHA in group and scalar(group[ALPHA]) != alpha:
         raise AdapterFileError(
             f"{group[ALPHA].key} is {scalar(group[ALPHA])}, and {SETTINGS} says {alpha} for {path!r}."

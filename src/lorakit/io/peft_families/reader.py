@@ -45,8 +45,8 @@ def read_family(
     methods: dict[str, Method] = {}
     shapes: dict[str, Shape] = {}
     own: dict[str, dict[str, Tensor]] = {}
-    patterns = PathSettings(config)
     try:
+        patterns = PathSettings(config)
         for path in sorted(keys.factors, key=natural):
             group = keys.factors[path]
             values = {name: floating(found.key, found.tensor) for name, found in group.items()}
