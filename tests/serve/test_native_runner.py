@@ -1,6 +1,8 @@
 """The compiled runner against the one that runs transformers' own layers: the same logits, whatever is in the batch."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -361,6 +363,21 @@ def test_prepared_adapters_are_let_go_of():
     runner.forget(version)
     runner.forget(version)
     assert runner.prepared_bytes(version) == 0
+
+
+def test_a_content_that_is_read_again_lets_the_first_reading_go():
+    model = model_of("llama")
+    first, second = version_of(model, "all linear"), version_of(model, "all linear")
+    runner = NativeRunner(model, kv_tokens=4096)
+    assert first.digest == second.digest
+    runner.prepare(first)
+    want = next(iter(steps_of(runner, [first])))
+    tensor = weakref.ref(next(t for _, _, t in first.state.all_tensors()))
+    runner.prepare(second)
+    del first
+    gc.collect()
+    assert tensor() is None
+    assert torch.equal(next(iter(steps_of(runner, [second]))), want)
 
 
 def test_the_smallest_room_there_is():

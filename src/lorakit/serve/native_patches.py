@@ -27,11 +27,13 @@ class Prepared:
     """What an adapter changes.
 
     Attributes:
+        state: The adapter, whose tensors the patches read.
         patches: At the weights.
         lookup: At the embedding; None when it leaves that alone.
         nbytes: Of what is kept beside the adapter's own tensors.
     """
 
+    state: AdapterState
     patches: Patches
     lookup: Change | None
     nbytes: int
@@ -75,7 +77,7 @@ def prepare_patches(name: str, state: AdapterState, model: NativeModel, embeddin
         )
     patches = Patches(changes, weights)
     more = () if lookup is None else (lookup.A, lookup.B, lookup.gain)
-    return Prepared(patches, lookup, _bytes_beside(given, [*patches.tensors, *more]))
+    return Prepared(given, patches, lookup, _bytes_beside(given, [*patches.tensors, *more]))
 
 
 def _bytes_beside(state: AdapterState, kept: Sequence[Tensor | None]) -> int:

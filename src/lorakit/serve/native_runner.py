@@ -110,10 +110,13 @@ class NativeRunner:
     def prepare(self, version: AdapterVersion) -> None:
         """Turn an adapter into patches; does nothing when it is.
 
+        A version with the same content as one before takes that one's place, whose tensors can then be freed.
+
         Raises:
             AdapterIncompatibleError: It changes something that patches cannot say, or does not fit the base.
         """
-        if version.digest not in self._prepared:
+        before = self._prepared.get(version.digest)
+        if before is None or before.state is not version.state:
             self._prepared[version.digest] = prepare_patches(
                 version.name, version.state, self._native, self._embedding
             )

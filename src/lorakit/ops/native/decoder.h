@@ -1,7 +1,8 @@
 // One step of a decoder of the Llama kind over a ragged batch, each row with the adapter of its request.
 //
-// The structures are mirrored in decoder.py; all fields are eight bytes wide. Pointers are borrowed. float32 throughout,
-// and row-major, but for the weights and the keys, which are kept in blocks of as many columns as a vector has entries.
+// The structures are mirrored in decoder.py; all fields are eight bytes wide. Pointers are borrowed. All numbers are float32,
+// but for those of the adapters' factors, and row-major, but for the weights and the keys, which are kept in blocks of as
+// many columns as a vector has entries.
 #pragma once
 
 #include <cstdint>
