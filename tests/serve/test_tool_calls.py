@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lorakit.serve.tool_calls import (
@@ -104,6 +104,7 @@ def test_the_cut_of_the_pieces_changes_nothing(data: st.DataObject, case: Any) -
     )
 
 
+@example(pieces=["0", " \n", "[TOOL_CALLS]"], written=MISTRAL)
 @given(
     pieces=st.lists(
         st.text(max_size=8) | st.sampled_from(["<tool_", "call>", "</tool_call>", "{", "[TOOL_CALLS]"])
@@ -114,9 +115,7 @@ def test_what_is_no_call_comes_out_as_it_was(pieces: list[str], written: ToolFor
     found = read(written, *pieces)
     text = "".join(pieces)
     assert not [item for item in found if isinstance(item, Call)]
-    assert "".join(map(str, found)).split() == text.split()
-    if not written.opening or written.opening not in text:
-        assert "".join(map(str, found)) == text
+    assert "".join(map(str, found)) == text
 
 
 def test_text_is_not_held_back_longer_than_needed() -> None:

@@ -95,6 +95,7 @@ class CallReader:
         """
         self._format, self._tools = written, frozenset(tools)
         self._held, self._inside, self._text_only = "", not written.opening, False
+        self._space = ""  # before what may be a call: not said if it is one
         self.count = 0
 
     def add(self, piece: str) -> list[str | Call]:
@@ -133,7 +134,9 @@ class CallReader:
             self._held = rest
             if not self._inside:
                 self._inside = True
-                if text := before.rstrip():
+                text = before.rstrip()
+                self._space = before[len(text) :]
+                if text:
                     yield text
             else:
                 self._inside = not closing
@@ -144,8 +147,9 @@ class CallReader:
         if calls:
             self.count += len(calls)
             yield from calls
-        elif opening + body + closing:
-            yield opening + body + closing
+        elif text := self._space + opening + body + closing:
+            yield text
+        self._space = ""
 
 
 def calls_in(text: str, tools: Collection[str] | None = None) -> list[Call]:
