@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
 def report(
     bench: Benchmark, model: str, found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]]
 ) -> None:
-    start = "" if model == MODEL else f"{model}: "
+    of = "" if model == MODEL else f"{model}: "
     popularities = sorted({popularity for _, popularity in found}, key=lambda p: (p != "uniform", p))
     for popularity in popularities:
         counts = sorted({n for (_, p), rows in found.items() if p == popularity for n in rows})
@@ -103,7 +103,7 @@ def report(
             aim = Aim(LORAKIT, ">=", 120.0 if n == 0 else 110.0) if aimed else None
             ratio = (LORAKIT, MIXED) if {LORAKIT, MIXED} <= set(speeds) else None
             bench.add(
-                f"{start}{n} adapters, {popularity}",
+                f"{of}{n} adapters, {popularity}",
                 speeds,
                 unit="tokens/s",
                 ratio=ratio,
@@ -119,7 +119,7 @@ def report(
                     for a, b in zip(ours[n], ours[0], strict=True)
                 ]
                 bench.add(
-                    f"{start}tax of {n} adapters",
+                    f"{of}tax of {n} adapters",
                     {LORAKIT: tax},
                     unit="%",
                     ratio=None,
@@ -128,7 +128,7 @@ def report(
         waits = {n: [row["first_token_p99"] for row in mine] for n, mine in ours.items()}
         for n, seconds in waits.items():
             bench.add(
-                f"{start}first token p99, {n} adapters",
+                f"{of}first token p99, {n} adapters",
                 {LORAKIT: seconds},
                 ratio=None,
                 aim=Aim(LORAKIT, "<=", 2.0),

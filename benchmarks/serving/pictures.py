@@ -61,11 +61,16 @@ def _engines(figure: Any, result: Mapping[str, Any]) -> None:
         if found is not None:
             for side, speeds in row["sides"].items():
                 lines[found["model"] or "SmolLM2-135M"][side][int(found["n"])] = speeds["median"]
+    engines = list(dict.fromkeys(side for sides in lines.values() for side in sides))
     counts = sorted({n for sides in lines.values() for points in sides.values() for n in points})
     panels = figure.subplots(1, len(lines), squeeze=False)[0]
     for axes, (model, sides) in zip(panels, lines.items(), strict=True):
-        for place, (side, points) in enumerate(sides.items()):
-            own = {"color": f"C{place}", "marker": "o", "linewidth": 2.5 if side == "lorakit" else 1.2}
+        for side, points in sides.items():
+            own = {
+                "color": f"C{engines.index(side)}",
+                "marker": "o",
+                "linewidth": 2.5 if side == "lorakit" else 1.2,
+            }
             axes.plot(
                 [counts.index(n) for n in sorted(points)],
                 [points[n] for n in sorted(points)],

@@ -12,6 +12,7 @@ import lorakit as lk
 from lorakit.errors import ConfigError
 from lorakit.plan import Run, architecture, count, plan
 from lorakit.plan.rehearsal import Rehearsal
+from tests.kept_bytes import kept_for_backward
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32,
@@ -38,20 +39,11 @@ def kept_in_earnest(config: Path, batch: int, length: int) -> int:
     shell = architecture(config).model
     model = type(shell)._from_config(shell.config).train()  # type: ignore[attr-defined]
     lk.attach(model, lk.LoRA(r=4))
-    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_for_backward(model) as kept:
         ids = torch.ones(batch, length, dtype=torch.long)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=torch.arange(length)).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="sum")
-    return sum(storage.nbytes() for storage in kept.values())
+    return kept.bytes
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 16), (2, 64), (5, 48)])

@@ -77,7 +77,10 @@ def model_of(kind):
 
 
 def version_of(model, label, seed=0):
-    method, targets = ADAPTERS[label]
+    return version_with(model, *ADAPTERS[label], label, seed)
+
+
+def version_with(model, method, targets, label, seed=0):
     fresh = copy.deepcopy(model)
     lk.attach(fresh, method, targets=targets, name="a", seed=seed)
     draw = torch.Generator().manual_seed(seed)
@@ -286,11 +289,8 @@ def test_a_plain_lora_takes_no_memory_beside_its_tensors():
 def test_every_rank(r):
     """Those that fill a vector, or several rows of which do, go other ways than the rest; so do few and many rows."""
     model = model_of("llama-bias")
-    ADAPTERS["this rank"] = (lk.LoRA(r=r, alpha=r), ["q_proj", "o_proj", "gate_proj"])
-    try:
-        versions = [version_of(model, "this rank", seed) for seed in range(3)]
-    finally:
-        del ADAPTERS["this rank"]
+    method, targets = lk.LoRA(r=r, alpha=r), ["q_proj", "o_proj", "gate_proj"]
+    versions = [version_with(model, method, targets, "this rank", seed) for seed in range(3)]
     same(model, [versions[0], None, versions[1], versions[1], versions[2]])
 
 

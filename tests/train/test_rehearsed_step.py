@@ -20,6 +20,7 @@ from lorakit.train.loss import summed_loss
 from lorakit.train.packing import pack
 from lorakit.train.rehearsed_step import CompiledStep, compiled_step
 from lorakit.train.tasks import task_of
+from tests.kept_bytes import kept_for_backward
 
 transformers = pytest.importorskip("transformers")
 compiled = pytest.mark.skipif(kernels() is None, reason="the compiled products are not built")
@@ -46,26 +47,17 @@ def rehearsed(form: CompiledStep | None, name: str = "Llama", **settings: Any) -
 def kept_in_earnest(model: nn.Module) -> int:
     """Bytes of the storages that autograd keeps of a real step as `lorakit train` makes it."""
     lk.attach(model, lk.LoRA(r=4))
-    there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
     batch = pack([[5] * LENGTH] * DOCUMENTS)
     batch["labels"] = batch["input_ids"].clone()
     with fused_layers(model, packs=True) as number:  # type: ignore[arg-type]
         assert number > 3 * SIZES["num_hidden_layers"]
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with kept_for_backward(model) as kept:
             loss = summed_loss(model, model, batch)  # type: ignore[arg-type]
     gradient = (
         DOCUMENTS * LENGTH * SIZES["hidden_size"] * 4
     )  # of what the head reads: made at once, kept by the loss
     assert loss.requires_grad
-    return sum(storage.nbytes() for storage in kept.values()) + gradient
+    return kept.bytes + gradient
 
 
 @compiled

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit.core.endings import endings
-from lorakit.core.expressions import expression
 from lorakit.core.selection import ends_with
 from lorakit.errors import ConfigError
 from lorakit.io.outline import Outline
 from lorakit.io.peft_config import SELECTION
 from lorakit.io.peft_rules import natural
+from lorakit.io.peft_sites import selected
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,7 @@ def _only(entries: Sequence[str], paths: Sequence[str], outline: Outline) -> boo
 
 
 def _selected(path: str, selector: Any) -> bool:
-    if isinstance(selector, str):
-        try:
-            return expression(selector).matches(path)
-        except ConfigError:  # what is written instead names the layers
-            return False
-    return any(ends_with(path, entry) for entry in selector)
+    try:
+        return selected(path, selector)
+    except ConfigError:  # what is written instead names the layers
+        return False

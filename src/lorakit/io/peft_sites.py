@@ -142,7 +142,7 @@ def _parameters(
         ] or None
     sure = {name for owner, name in map(_split, entries) if owner and ends_with(path, owner)}
     possible = sure | {name for owner, name in map(_split, entries) if not owner}
-    if not possible or (len(levels[path]) == 1 and not sure and _selected(path, config["target_modules"])):
+    if not possible or (len(levels[path]) == 1 and not sure and selected(path, config["target_modules"])):
         return None
     named = sure if len(sure) == len(levels[path]) else possible
     ordered = convention(sorted(named))
@@ -161,7 +161,7 @@ def _split(entry: str) -> tuple[str, str]:
     return owner, name
 
 
-def _selected(path: str, selector: Any) -> bool:
+def selected(path: str, selector: Any) -> bool:
     """Whether PEFT's ``target_modules`` names a path: a list of endings, or an expression for the whole."""
     if isinstance(selector, str):
         return expression(selector).matches(path)

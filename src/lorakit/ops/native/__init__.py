@@ -6,6 +6,9 @@
 | `low_rank.cpp` | what of torch they are run on, in which threads, and the derivative |
 | `vectors.h`, `tiles.h` | vectors as wide as the processor has, and tiles of a matrix product |
 | `decoder.cpp`, `decoder.py` | one step of a decoder of the Llama kind, each row with its own adapter: for serving |
+| `patches.h`, `team.h` | what adapters add to a tile of that step, and how its threads share the work |
+| `pages.py` | memory in large pages, where that step's weights lie |
+| `training.cpp`, `attention.h`, `training.py` | norms, gates, attention, losses and their derivatives: for training |
 | `on_tensors.h` | the loops on torch's tensors, in its threads |
 | `lookup.cpp` | the change of an embedding table, and its derivative |
 | `nf4.cpp` | the decoding of NF4, loops and threads |

@@ -36,23 +36,26 @@ void multiply_blocks(const Weight& w, const float* columns, int64_t block, int64
   const float* all[TILE_BLOCKS];
   for (int64_t j = 0; j < blocks; ++j) all[j] = w.blocks + (block + j) * w.in * WIDTH;
   const int64_t step = blocks * WIDTH;
+  const bool side_by_side = blocks == TILE_BLOCKS && rows <= TILE_ROWS;
+  const int64_t at_once = ahead.at_once(side_by_side ? w.in : blocks * w.in);
   std::fill_n(sums, rows * step, 0.f);
-  if (blocks == TILE_BLOCKS && rows <= TILE_ROWS)
+  if (side_by_side)
     with_constant<TILE_ROWS>(rows, [&](auto count) {
       accumulate<decltype(count)::value, TILE_BLOCKS, true>(columns, 0, all, WIDTH, w.in, sums, step,
-                                                            [&](int64_t k) { ahead.ask(k); });
+                                                            [&](int64_t k) { ahead.ask(k, at_once); });
     });
   else
     with_constant<TALL_ROWS>(rows, [&](auto count) {
       for (int64_t j = 0; j < blocks; ++j)
         accumulate<decltype(count)::value, 1, true>(columns, 0, all + j, WIDTH, w.in, sums + j * WIDTH, step,
-                                                    [&](int64_t k) { ahead.ask(j * w.in + k); });
+                                                    [&](int64_t k) { ahead.ask(j * w.in + k, at_once); });
     });
 }
 
 void multiply_codes(const Weight& w, const CodeRows& x, int64_t block, int64_t blocks, int64_t row, int64_t rows,
                     const Ahead& ahead, float* sums) {
   const int64_t groups = x.n / CODES_AT_ONCE, step = blocks * WIDTH;
+  const int64_t at_once = ahead.at_once((rows + CODE_ROWS - 1) / CODE_ROWS * groups);
   const int8_t* codes[TILE_BLOCKS];
   const float* scales[TILE_BLOCKS];
   for (int64_t j = 0; j < blocks; ++j) {
@@ -61,7 +64,7 @@ void multiply_codes(const Weight& w, const CodeRows& x, int64_t block, int64_t b
   }
   for (int64_t i = 0; i < rows; i += CODE_ROWS) {
     const CodeRows some{x.codes + (row + i) * x.n, x.scales + (row + i) * groups, x.sums + (row + i) * groups, x.n};
-    const auto ask = [&](int64_t g) { ahead.ask(i / CODE_ROWS * groups + g); };
+    const auto ask = [&](int64_t g) { ahead.ask(i / CODE_ROWS * groups + g, at_once); };
     with_constant<CODE_ROWS>(std::min<int64_t>(CODE_ROWS, rows - i), [&](auto count) {
       if (blocks == TILE_BLOCKS)
         multiply_codes<decltype(count)::value, TILE_BLOCKS>(some, codes, scales, sums + i * step, step, ask);
@@ -81,9 +84,7 @@ void multiply(Team& team, const Weight& w, const Input& input, const Segments& s
     alignas(64) float sums[TALL_ROWS * TILE_COLUMNS];
     for (int64_t row = 0; row < input.rows; row += height) {
       const int64_t rows = std::min(height, input.rows - row);
-      const int64_t steps = w.blocks != nullptr ? w.in * (rows <= TILE_ROWS ? 1 : blocks)
-                                                : (rows + CODE_ROWS - 1) / CODE_ROWS * (input.codes.n / CODES_AT_ONCE);
-      const Ahead ahead(w, block, blocks, row, rows, segments, steps);
+      const Ahead ahead(w, block, blocks, row, rows, segments);
       if (w.blocks != nullptr)
         multiply_blocks(w, input.columns + row * w.in, block, blocks, rows, ahead, sums);
       else
@@ -171,11 +172,7 @@ void keep_row(const Decoder& d, const Layer& layer, const Caches& caches, float*
 // All rows. Neighbouring keys lie in the same lines of memory, so one thread takes some at a time.
 void keep(Team& team, const Decoder& d, const Layer& layer, const Step& s, const Caches& caches, int64_t qkv_width) {
   const auto jobs_of = [&](int64_t p) { return (s.pieces[4 * p + 1] - s.pieces[4 * p] + WIDTH - 1) / WIDTH; };
-  int64_t jobs = 0;
-  for (int64_t p = 0; p < s.n_pieces; ++p) jobs += jobs_of(p);
-  team.each(jobs, [&](int64_t job) {
-    int64_t p = 0;
-    for (; job >= jobs_of(p); ++p) job -= jobs_of(p);
+  team.each_of(s.n_pieces, jobs_of, [&](int64_t p, int64_t job) {
     const int64_t* piece = s.pieces + 4 * p;
     const int64_t first = piece[0] + job * WIDTH, end = std::min<int64_t>(first + WIDTH, piece[1]);
     for (int64_t row = first; row < end; ++row)
@@ -189,20 +186,14 @@ void attend(Team& team, const Decoder& d, const Step& s, const Caches& caches, c
             std::vector<float>& scratch) {
   const int64_t n = d.head_dim, group = d.heads / d.kv_heads, qkv_step = (d.heads + 2 * d.kv_heads) * n;
   const int64_t y_step = d.heads * n;
-  int64_t jobs = 0;
-  for (int64_t p = 0; p < s.n_pieces; ++p) {
-    const int64_t queries = (s.pieces[4 * p + 1] - s.pieces[4 * p]) * group;
-    jobs += (queries + TILE_ROWS - 1) / TILE_ROWS * d.kv_heads;
-  }
-  team.each(jobs, [&](int64_t job) {
-    int64_t p = 0, left = job, tiles = 0;
-    for (;; ++p) {
-      tiles = ((s.pieces[4 * p + 1] - s.pieces[4 * p]) * group + TILE_ROWS - 1) / TILE_ROWS;
-      if (left < tiles * d.kv_heads) break;
-      left -= tiles * d.kv_heads;
-    }
+  const auto tiles_of = [&](int64_t p) {
+    return ((s.pieces[4 * p + 1] - s.pieces[4 * p]) * group + TILE_ROWS - 1) / TILE_ROWS;
+  };
+  const auto jobs_of = [&](int64_t p) { return tiles_of(p) * d.kv_heads; };
+  team.each_of(s.n_pieces, jobs_of, [&](int64_t p, int64_t job) {
+    const int64_t tiles = tiles_of(p);
     const int64_t* piece = s.pieces + 4 * p;
-    const int64_t head = left / tiles, first = left % tiles * TILE_ROWS, all = (piece[1] - piece[0]) * group;
+    const int64_t head = job / tiles, first = job % tiles * TILE_ROWS, all = (piece[1] - piece[0]) * group;
     const int64_t rows = std::min<int64_t>(TILE_ROWS, all - first);
     float queries[TILE_ROWS * MOST_HEAD];
     int64_t seen[TILE_ROWS], most = 0;

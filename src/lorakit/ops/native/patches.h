@@ -34,27 +34,18 @@ INLINE void with_entries(const Factor& factor, const Body& body) {
 }
 
 // ---- short rows --------------------------------------------------------------------------------------------------
-inline int64_t short_jobs(const Segments& segments, const Segment& segment) {
-  const Patch* patch = segments.patch(segment);
-  return patch == nullptr || patch->rank == 0 ? 0 : (segment.end - segment.start + SHORT_ROWS - 1) / SHORT_ROWS;
-}
-
 // Make the short rows scale * X Aᵀ of every segment: those of row i begin at `short_rows + i * step`, row after row in a
 // segment, part after part in a row.
 inline void shorten(Team& team, const float* x, int64_t in, const Segments& segments, float* short_rows, int64_t step) {
-  int64_t jobs = 0;
-  for (int64_t s = 0; s < segments.count; ++s) jobs += short_jobs(segments, segments.list[s]);
-  if (jobs == 0) return;  // the same for all threads
-  team.each(jobs, [&](int64_t job) {
-    int64_t s = 0, left = job;
-    for (;; ++s) {
-      const int64_t mine = short_jobs(segments, segments.list[s]);
-      if (left < mine) break;
-      left -= mine;
-    }
+  const auto jobs_of = [&](int64_t s) -> int64_t {
+    const Segment& segment = segments.list[s];
+    const Patch* patch = segments.patch(segment);
+    return patch == nullptr || patch->rank == 0 ? 0 : (segment.end - segment.start + SHORT_ROWS - 1) / SHORT_ROWS;
+  };
+  team.each_of(segments.count, jobs_of, [&](int64_t s, int64_t job) {
     const Segment& segment = segments.list[s];
     const Patch& patch = *segments.patch(segment);
-    const int64_t begin = segment.start + left * SHORT_ROWS, end = std::min(begin + SHORT_ROWS, segment.end);
+    const int64_t begin = segment.start + job * SHORT_ROWS, end = std::min(begin + SHORT_ROWS, segment.end);
     float* const h = short_rows + segment.start * step + (begin - segment.start) * patch.rank;
     for (int part = 0; part < 3; ++part)
       if (patch.ranks[part] > 0)
@@ -70,9 +61,7 @@ inline void shorten(Team& team, const float* x, int64_t in, const Segments& segm
 // are asked for, a few at each step of it, so that they are there when it is done.
 class Ahead {
  public:
-  // For `rows` rows, in `steps` steps.
-  Ahead(const Weight& w, int64_t block, int64_t blocks, int64_t row, int64_t rows, const Segments& segments,
-        int64_t steps) {
+  Ahead(const Weight& w, int64_t block, int64_t blocks, int64_t row, int64_t rows, const Segments& segments) {
     for (int64_t s = 0; s < segments.count; ++s) {
       const Segment& segment = segments.list[s];
       const Patch* patch = segments.patch(segment);
@@ -86,18 +75,20 @@ class Ahead {
         for (int64_t at = 0; at < place[3] * of_row && count_ < MOST; at += LINE) lines_[count_++] = first + at;
       }
     }
-    at_once_ = (count_ + steps - 1) / steps;
   }
 
-  // Of the step `number`.
-  INLINE void ask(int64_t number) const {
-    for (int64_t l = number * at_once_; l < std::min(count_, (number + 1) * at_once_); ++l) __builtin_prefetch(lines_[l]);
+  // How many lines are asked for at once when that is done in this many steps.
+  int64_t at_once(int64_t steps) const { return (count_ + steps - 1) / steps; }
+
+  // At the step `number`.
+  INLINE void ask(int64_t number, int64_t at_once) const {
+    for (int64_t l = number * at_once; l < std::min(count_, (number + 1) * at_once); ++l) __builtin_prefetch(lines_[l]);
   }
 
  private:
   static constexpr int64_t LINE = 64, MOST = 2048;
   const char* lines_[MOST];
-  int64_t count_ = 0, at_once_ = 0;
+  int64_t count_ = 0;
 };
 
 // ---- sums of groups ----------------------------------------------------------------------------------------------
@@ -105,8 +96,7 @@ class Ahead {
 // first those of `a`, then those of `b`.
 template <int LENGTH>
 INLINE Vector fold(Vector a, Vector b) {
-  using Places = int32_t __attribute__((vector_size(4 * WIDTH)));
-  Places first, second;
+  Whole first, second;
   for (int lane = 0; lane < WIDTH; ++lane) {
     first[lane] = lane / (LENGTH / 2) * LENGTH + lane % (LENGTH / 2);
     second[lane] = first[lane] + LENGTH / 2;
@@ -128,6 +118,7 @@ INLINE Vector fold_all(Vector (&v)[LENGTH]) {
 
 // ---- products with B ---------------------------------------------------------------------------------------------
 // The sums of a row are added up in the same order whatever else is in the step, so that they are the same to the last bit.
+
 // h . B_o for WIDTH neighbouring outputs o of B (outputs, RANK), where whole rows of B fill a vector.
 template <int RANK, class Entry>
 INLINE Vector widen_short(const float* h, const Entry* B) {
@@ -170,7 +161,7 @@ INLINE Vector widen(const float* h, const Entry* B, int64_t rank, int64_t column
 
 // Add what the adapters change to the rows `row` to `row + rows` of a tile of `blocks` blocks.
 [[gnu::noinline]] inline void patch_tile(const Weight& w, int64_t block, int64_t blocks, int64_t row, int64_t rows,
-                       const Segments& segments, const float* short_rows, int64_t step, float* sums) {
+                                         const Segments& segments, const float* short_rows, int64_t step, float* sums) {
   for (int64_t s = 0; s < segments.count; ++s) {
     const Segment& segment = segments.list[s];
     if (segment.end <= row) continue;

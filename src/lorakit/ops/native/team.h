@@ -25,6 +25,19 @@ class Team {
     meet();
   }
 
+  // The same for `jobs_of(p)` jobs of each of `parts` parts: `body(p, job)`.
+  template <class Jobs, class Body>
+  void each_of(int64_t parts, const Jobs& jobs_of, const Body& body) {
+    int64_t jobs = 0;
+    for (int64_t p = 0; p < parts; ++p) jobs += jobs_of(p);
+    if (jobs == 0) return;  // the same for all threads
+    each(jobs, [&](int64_t job) {
+      int64_t p = 0;
+      for (; job >= jobs_of(p); ++p) job -= jobs_of(p);
+      body(p, job);
+    });
+  }
+
  private:
   static constexpr int64_t LOOKS = 1 << 14;
 

@@ -70,8 +70,6 @@ inline void to_columns(const float* x, int64_t rows, int64_t n, float* columns) 
 }
 
 // ---- int8 --------------------------------------------------------------------------------------------------------
-using Whole = int32_t __attribute__((vector_size(4 * WIDTH)));
-
 // Codes that share a scale, of a weight's row and of what it is multiplied with.
 constexpr int64_t CODES_AT_ONCE = 32;
 // Rows of a tile: their sums are kept twice, as whole numbers and as float32.

@@ -33,6 +33,7 @@ constexpr bool MANY_REGISTERS = false;
 
 using Vector = float __attribute__((vector_size(4 * WIDTH)));
 using Bits = uint32_t __attribute__((vector_size(4 * WIDTH)));
+using Whole = int32_t __attribute__((vector_size(4 * WIDTH)));
 using Halves = uint16_t __attribute__((vector_size(2 * WIDTH)));
 
 inline Vector load(const float* p) {
@@ -143,8 +144,7 @@ INLINE void totals(const Vector* vectors, float* sums) {
 // A square of WIDTH vectors, mirrored at its diagonal: in each step the squares of HALF entries beside it change places.
 template <int HALF = WIDTH / 2>
 INLINE void mirror(Vector (&v)[WIDTH]) {
-  using Places = int32_t __attribute__((vector_size(4 * WIDTH)));
-  Places upper, lower;
+  Whole upper, lower;
   for (int lane = 0; lane < WIDTH; ++lane) {
     upper[lane] = lane & HALF ? WIDTH + lane - HALF : lane;
     lower[lane] = lane & HALF ? WIDTH + lane : lane + HALF;
