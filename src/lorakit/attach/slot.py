@@ -72,14 +72,14 @@ class Slot(nn.Module):
             return self._nested(route, x, y)
         if target.part:
             return self._in_part(route, x, y)
-        if not isinstance(route, Mix):
-            return self._rows(route, x, y)
-        if len(route.weights) == 1 and route.weights[0][1] == 1:
-            only: Any = self._modules.get(route.weights[0][0])
-            if only is None:
-                return y
-            return only.method.forward(target, only._parameters, x, y, training=self.training)
-        return self._mix(route, x, y)
+        if route.only is None:
+            return self._mix(route, x, y) if isinstance(route, Mix) else self._rows(route, x, y)
+        only: Any = self._modules.get(route.only)
+        return (
+            y
+            if only is None
+            else only.method.forward(target, only._parameters, x, y, training=self.training)
+        )
 
     def _acts(self, route: Route) -> bool:
         """Whether an adapter of the route has parameters here."""
@@ -95,8 +95,8 @@ class Slot(nn.Module):
 
     def _mix(self, mix: Mix, x: Tensor, y: Tensor) -> Tensor:
         target, training, weights = self.target, self.training, mix.weights
-        if len(weights) == 1 and weights[0][1] == 1:
-            only: Any = self._modules.get(weights[0][0])
+        if mix.only is not None:
+            only: Any = self._modules.get(mix.only)
             if only is None:
                 return y
             return only.method.forward(target, only._parameters, x, y, training=training)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,15 @@ class Mix:
 
     Attributes:
         weights: Pairs ``(name, weight)``, sorted by name; no name twice. Empty means the base model.
+        only: The adapter's name, where it is one alone with weight one: the usual case, asked in every call of a layer.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
+    only: str | None = field(init=False, compare=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        if len(self.weights) == 1 and self.weights[0][1] == 1:
+            object.__setattr__(self, "only", self.weights[0][0])
 
     @classmethod
     def of(cls, route: str | Mapping[str, float] | Sequence[str] | None) -> Mix:
@@ -86,6 +93,7 @@ class Rows:
     mixes: tuple[Mix, ...]
     index: tuple[int, ...]
     groups: tuple[tuple[Mix, slice | Tensor], ...] = field(compare=False, repr=False, default=())
+    only: ClassVar[None] = None
 
     @classmethod
     def of(cls, rows: Sequence[str | Mapping[str, float] | None]) -> Rows:

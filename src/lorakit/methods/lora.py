@@ -162,15 +162,20 @@ class LoRA(Ranked, LowRankMethod):
         """``s lora_bias``."""
         return p["lora_bias"] * self.scale if self.bias else None
 
+    def forward(self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, training: bool = False) -> Tensor:
+        """``add_to`` with weight one; in the usual case two calls less for every layer and token."""
+        if self.bias or self.subtracted:
+            return self.add_to(target, p, x, y, training=training)
+        dropout = self.dropout if training else 0.0
+        return target.add_low_rank(y, x, p["lora_A"], p["lora_B"], self.scale, dropout)
+
     def add_to(
         self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, weight: float = 1.0, training: bool = False
     ) -> Tensor:
         """The fused product, and the bias."""
-        scale = self.scale * weight
-        # Read here in the usual case: one call less for every layer and token.
-        A, B = self.factors(target, p)[:2] if self.subtracted else (p["lora_A"], p["lora_B"])
-        y = target.add_low_rank(y, x, A, B, scale, self.dropout if training else 0.0)
-        return target.scale_add_bias(y, p["lora_bias"], scale) if self.bias else y
+        A, B, scale = self.factors(target, p)
+        y = target.add_low_rank(y, x, A, B, scale * weight, self.dropout if training else 0.0)
+        return target.scale_add_bias(y, p["lora_bias"], scale * weight) if self.bias else y
 
     def supports(self, target: Target) -> str | None:
         """Dropout and bias need a layer whose call can be hooked."""
