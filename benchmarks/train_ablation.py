@@ -65,15 +65,11 @@ def _down_to_the_embeddings(model: Any) -> None:
     model.enable_input_require_grads()
 
 
-def _apart(x: Any, *layers: Any) -> Any:
-    return [layer(x) for layer in layers]
-
-
 def _freed_at_once(wanted: bool) -> AbstractContextManager[bool]:
     return nullcontext(False)
 
 
-_APART = {"lorakit.train.fused_layers._together": _apart}
+_APART = {"lorakit.train.fused_layers._readings": _nothing}
 _ALL_LOGITS = {
     "lorakit.train.loss._selects_positions": lambda forward: False,
     "lorakit.train.loss.separable_head": _nothing,
@@ -107,7 +103,7 @@ TRICKS = (
         note="Without: the autograd function in Python. Where the library is not built both are the same.",
     ),
     Trick(
-        "one reading of what q, k and v share, and gate and up",
+        "layers of one input in one function",
         patches=_APART,
         note="Where the library is not built both are the same.",
     ),

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.ops import fused
-from lorakit.ops.low_rank import add_low_rank, deferred
-from lorakit.ops.native.training import kernels
+from lorakit.ops.native.training import ProductInputs, kernels
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the compiled products are not built")
 
@@ -152,44 +151,103 @@ def test_what_is_left_to_torch() -> None:
     assert torch.func.vmap(lambda t: t if fused.swiglu(t, t) is None else t + 1)(x).equal(x)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 130])
-@pytest.mark.parametrize("learning_x", [True, False])
-def test_products_of_one_input_together(tokens: int, learning_x: bool) -> None:
-    x = drawn(1, tokens, 40).requires_grad_(learning_x)
-    factors = [(drawn(r, 40, seed=r), drawn(out, r, seed=out)) for r, out in ((3, 33), (8, 64), (1, 5))]
-    scales = (0.5, 2.0, -1.0)
-    learnt = [t.requires_grad_() for A, B in factors for t in (A, B)]
-    bases = [drawn(40, B.shape[0], seed=4) for _, B in factors]
+Layers = list[tuple[int, int, float]]
 
-    def asked(add: Callable[..., Tensor]) -> list[Tensor]:
-        return [add((x @ W).clone(), x, A, B, s) for W, (A, B), s in zip(bases, factors, scales, strict=True)]
 
-    expected = asked(lambda y, x, A, B, s: y + s * x @ A.T @ B.T)
-    with deferred(x) as found:
-        ys = asked(add_low_rank)
-        assert not torch.allclose(ys[0], expected[0])  # nothing is added yet
-    assert [product.y is y for product, y in zip(found.products, ys, strict=True)] == [True] * 3
-    assert fused.add_together(x, found.products)
-    inputs = [x, *learnt] if learning_x else learnt
+def readings(width: int, layers: Layers, *, bias: bool = False) -> tuple[list[fused.Reading], list[Tensor]]:
+    """Layers of a width, each of some outputs, rank and scale; and their factors."""
+    made = [
+        fused.Reading(
+            drawn(out, width, seed=out) / 8,
+            drawn(out, seed=out + 1) if bias else None,
+            drawn(r, width, seed=r + out).requires_grad_(),
+            drawn(out, r, seed=r + out + 1).requires_grad_(),
+            scale,
+        )
+        for out, r, scale in layers
+    ]
+    return made, [t for reading in made for t in (reading.A, reading.B)]
+
+
+def exactly(x: Tensor, reading: fused.Reading, A: Tensor, B: Tensor) -> Tensor:
+    """The formula, in float64."""
+    bias = 0 if reading.bias is None else reading.bias.double()
+    return x @ reading.weight.double().T + bias + reading.scale * x @ A.T @ B.T
+
+
+def assert_gradients(ys: list[Tensor], inputs: list[Tensor], true: list[Tensor], exact: list[Tensor]) -> None:
     directions = [drawn(*y.shape, seed=8) for y in ys]
-    found_gradients = torch.autograd.grad(ys, inputs, directions)
-    for one, other in zip(
-        (*ys, *found_gradients), (*expected, *torch.autograd.grad(expected, inputs, directions)), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    found = (*ys, *torch.autograd.grad(ys, inputs, directions))
+    expected = (*true, *torch.autograd.grad(true, exact, [d.double() for d in directions]))
+    for one, other in zip(found, expected, strict=True):
+        size = float(other.detach().abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=4e-6 * max(size, 1))
 
 
-def test_what_is_not_deferred() -> None:
-    x, other, y = drawn(2, 6), drawn(2, 6, seed=1), torch.zeros(2, 5)
-    A, B = drawn(3, 6).requires_grad_(), drawn(5, 3).requires_grad_()
-    right = x @ A.T @ B.T
-    with deferred(x) as found:
-        for add in (
-            lambda: add_low_rank(y.clone(), other, A, B) - other @ A.T @ B.T + right,  # another input
-            lambda: add_low_rank(y.clone(), x, A.detach(), B),  # a frozen factor
-        ):
-            torch.testing.assert_close(add(), right)
-        with torch.no_grad():
-            torch.testing.assert_close(add_low_rank(y.clone(), x, A, B), right)
-        assert not found.products
-    torch.testing.assert_close(add_low_rank(y.clone(), x, A, B), right)  # it is over
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("learning_x", [True, False])
+@pytest.mark.parametrize("tokens", [1, 7, 130, 1000])
+@pytest.mark.parametrize("layers", [[(33, 3, 0.5), (64, 8, 2.0), (5, 1, -1.0)], [(576, 16, 0.25)]])
+def test_layers_that_read_one_input(layers: Layers, tokens: int, learning_x: bool, bias: bool) -> None:
+    made, factors = readings(40, layers, bias=bias)
+    x = drawn(1, tokens, 40).requires_grad_(learning_x)
+    exact, *exact_factors = (t.detach().double().requires_grad_() for t in (x, *factors))
+    pairs = zip(made, exact_factors[::2], exact_factors[1::2], strict=True)
+    expected = [exactly(exact, reading, A, B) for reading, A, B in pairs]
+    ys = fused.read(x, made)
+    assert ys is not None
+    first = [x] if learning_x else []
+    first_exact = [exact] if learning_x else []
+    assert_gradients(list(ys), first + factors, expected, first_exact + exact_factors)
+
+
+@pytest.mark.parametrize("learning_x", [True, False])
+@pytest.mark.parametrize("tokens", [1, 23, 130, 1000])
+@pytest.mark.parametrize("width", [33, 96])
+def test_layers_behind_a_gate(width: int, tokens: int, learning_x: bool) -> None:
+    (gate, up), first = readings(40, [(width, 3, 0.5), (width, 8, 2.0)])
+    (down,), last = readings(width, [(40, 4, 1.5)])
+    factors = [*first, *last]
+    x = drawn(1, tokens, 40).requires_grad_(learning_x)
+    exact, *f = (t.detach().double().requires_grad_() for t in (x, *factors))
+    through = F.silu(exactly(exact, gate, *f[0:2])) * exactly(exact, up, *f[2:4])
+    y = fused.read_gated(x, gate, up, down)
+    assert y is not None
+    first_exact = [exact] if learning_x else []
+    assert_gradients(
+        [y], ([x] if learning_x else []) + factors, [exactly(through, down, *f[4:6])], first_exact + f
+    )
+
+
+def test_products_are_the_same_bit_for_bit_whatever_the_threads() -> None:
+    library = kernels()
+    assert library is not None
+    tokens, n, out, ranks = 900, 40, 96, (3, 8)
+    Bs = [drawn(r, out, seed=r) for r in ranks]
+    given = ProductInputs(drawn(tokens, n), drawn(sum(ranks), n), Bs, (0.5, 2.0))
+    dz, next_dh = drawn(tokens, out, seed=5), drawn(tokens, 4, seed=6)
+
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        ys = [drawn(tokens, out, seed=s) for s in (3, 4)]
+        h, z = library.add_products(given, ys, gated=True)
+        dys, dx, dA, dBs, next_dA = library.gated_products_back(given, h, ys, dz, next_dh, onward=True)
+        return [*ys, h, z, *dys, dx, dA, *dBs, next_dA]  # type: ignore[list-item]
+
+    before = torch.get_num_threads()
+    try:
+        one, other = run(1), run(2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_what_of_layers_is_left_to_torch() -> None:
+    (reading,), _ = readings(40, [(33, 3, 0.5)])
+    x = drawn(2, 4, 40)
+    assert fused.read(x.double(), [reading]) is None
+    assert fused.read(x.mT.contiguous().mT, [reading]) is None  # not in rows
+    assert fused.read(x, [reading._replace(weight=reading.weight.bfloat16())]) is None
+    assert fused.read(x, [reading._replace(weight=reading.weight.clone().requires_grad_())]) is None
+    (up,), _ = readings(40, [(34, 3, 0.5)])
+    assert fused.read_gated(x, reading, up, reading) is None  # a gate of another size

@@ -86,7 +86,10 @@ def test_losses_and_gradients(name: str, checkpointing: bool) -> None:
         calls = counted(model)
         same(learn(model), expected)
         assert calls["attention"] >= 2
-        assert calls["swiglu"] >= 2
+        # A block's q, k and v are read together, its output layer alone, and its perceptron is one function.
+        assert calls["gated_products_back"] == calls["add_product_back_onto"] == 2
+        assert calls["add_products_back"] == 4
+        assert calls["swiglu"] == 0
         assert calls["rms_norm"] >= 5
     assert {name: module.__dict__.keys() for name, module in model.named_modules()} == before
     same(learn(model), expected)
@@ -111,17 +114,22 @@ def test_whatever_is_taken_of_others_is_right(name: str) -> None:
         assert float((mine - right).abs().max()) <= 20 * float((theirs - right).abs().max()) + 1e-5 * size
 
 
+COUNTED = (
+    "attention", "swiglu", "rms_norm", "add_products_back", "add_product_back_onto", "gated_products_back",
+)  # fmt: skip
+
+
 def counted(model: Any) -> dict[str, int]:
     """Counts the calls of the library that come from here on."""
     library = kernels()
     assert library is not None
-    calls = dict.fromkeys(("attention", "swiglu", "rms_norm"), 0)
+    calls = dict.fromkeys(COUNTED, 0)
     for name in calls:
         original = getattr(type(library), name)
 
-        def call(*given: Any, _original: Any = original, _name: str = name) -> Any:
+        def call(*given: Any, _original: Any = original, _name: str = name, **named: Any) -> Any:
             calls[_name] += 1
-            return _original(library, *given)
+            return _original(library, *given, **named)
 
         library.__dict__[name] = call
     model.register_forward_hook(lambda *_: None)
@@ -132,9 +140,68 @@ def counted(model: Any) -> dict[str, int]:
 def uncounted() -> Any:
     yield
     library = kernels()
-    for name in ("attention", "swiglu", "rms_norm"):
+    for name in COUNTED:
         if library is not None:
             library.__dict__.pop(name, None)
+
+
+def doubled(model: Any) -> None:
+    adapted(model).model.layers[0].mlp.gate_proj.register_forward_hook(lambda *given: 2 * given[2])
+
+
+def halved(model: Any) -> None:
+    adapted(model).model.layers[0].self_attn.k_proj.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
+
+
+def partly_adapted(model: Any) -> None:
+    lk.attach(model, lk.LoRA(r=4), targets=["q_proj", "up_proj", "down_proj"], seed=0)
+
+
+def twice_adapted(model: Any) -> None:
+    lk.attach(adapted(model), lk.LoRA(r=2), targets="all-linear", name="second", seed=1)
+    lk.set_active(model, {"default": 0.5, "second": 2.0})
+
+
+def with_dropout(model: Any) -> None:
+    lk.attach(model, lk.LoRA(r=4, dropout=0.3), targets="all-linear", seed=0)
+
+
+def with_biases(model: Any) -> None:
+    lk.attach(model, lk.LoRA(r=4, bias=True), targets="all-linear", seed=0)
+
+
+def with_dora(model: Any) -> None:
+    lk.attach(model, lk.DoRA(lk.LoRA(r=4)), targets="all-linear", seed=0)
+
+
+def with_frozen_projections(model: Any) -> None:
+    lk.attach(model, lk.LoRAFA(r=4), targets="all-linear", seed=0)
+
+
+def with_a_trained_layer(model: Any) -> None:
+    adapted(model).model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+
+
+def with_a_subtracted_start(model: Any) -> None:
+    lk.attach(model, lk.LoRA(r=4, init="pissa"), targets="all-linear", seed=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        doubled, halved, partly_adapted, twice_adapted, with_dropout, with_biases, with_dora, with_frozen_projections,
+        with_a_trained_layer, with_a_subtracted_start,
+    ],
+)  # fmt: skip
+def test_layers_that_do_more_than_add_a_product(change: Any) -> None:
+    model = model_of("Llama")
+    change(model)
+    torch.manual_seed(5)
+    expected = learn(model)
+    with fused_layers(model, packs=True) as number:
+        assert number == 9
+        torch.manual_seed(5)
+        same(learn(model), expected)
 
 
 def test_padded_batches() -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.attach.routing import Routing
-from lorakit.core.method import DeltaMethod, Method
+from lorakit.core.method import DeltaMethod, Factors, LowRankMethod, Method
 from lorakit.core.route import Mix, Route, Rows
 from lorakit.core.target import Target
 from lorakit.core.walk import HOME
@@ -76,10 +76,17 @@ class Slot(nn.Module):
             return self._mix(route, x, y) if isinstance(route, Mix) else self._rows(route, x, y)
         only: Any = self._modules.get(route.only)
         return (
-            y
-            if only is None
-            else only.method.forward(target, only._parameters, x, y, training=self.training)
+            y if only is None else only.method.forward(target, only._parameters, x, y, training=self.training)
         )
+
+    def product_alone(self) -> Factors | None:
+        """The low-rank product with the input that is all this slot would add in a call now, if that is so."""
+        route = self.routing.current(self.training)
+        adapter: Any = None if route.only is None or self.target.part else self._modules.get(route.only)
+        if adapter is None or not isinstance(adapter.method, LowRankMethod):
+            return None
+        self.ran = True
+        return adapter.method.added_product(self.target, adapter._parameters, training=self.training)
 
     def _acts(self, route: Route) -> bool:
         """Whether an adapter of the route has parameters here."""

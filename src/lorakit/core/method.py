@@ -239,6 +239,11 @@ class LowRankMethod(DeltaMethod):
     def factors(self, target: Target | Shape, p: Tensors) -> Factors:
         """``A``, ``B`` and the scale."""
 
+    def added_product(self, target: Target, p: Tensors, *, training: bool = False) -> Factors | None:
+        """The factors, where all that this method does to an output is to add their product of the input; else None."""
+        own = type(self).add_to is LowRankMethod.add_to and type(self).forward is LowRankMethod.forward
+        return self.factors(target, p) if own and not (training and self.input_dropout) else None
+
     def delta(self, target: Target, p: Tensors) -> Tensor:
         """``scale * B A``."""
         A, B, scale = self.factors(target, p)

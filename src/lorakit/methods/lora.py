@@ -169,6 +169,10 @@ class LoRA(Ranked, LowRankMethod):
         dropout = self.dropout if training else 0.0
         return target.add_low_rank(y, x, p["lora_A"], p["lora_B"], self.scale, dropout)
 
+    def added_product(self, target: Target, p: Tensors, *, training: bool = False) -> Factors | None:
+        """The factors, without a bias or dropout."""
+        return None if self.bias or (training and self.dropout) else self.factors(target, p)
+
     def add_to(
         self, target: Target, p: Tensors, x: Tensor, y: Tensor, *, weight: float = 1.0, training: bool = False
     ) -> Tensor:

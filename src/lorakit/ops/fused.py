@@ -3,7 +3,8 @@
 | | torch's operations keep | here |
 |---|---|---|
 | RMS norm | its input, and its output for the products after it | the output |
-| SwiGLU | gate, its SiLU, what it lets through, the product | gate, what it lets through, the product |
+| SwiGLU | gate, its SiLU, what it lets through, the product | gate and what it lets through |
+| LoRA | for each layer its input and ``x Aᵀ`` | the same, and the derivatives of an input are summed in one place |
 | attention | turned queries and keys, repeated keys and values, outputs twice | queries, keys, values, outputs |
 | cross-entropy | logits, their log-softmax | nothing: it makes its gradient at once |
 
@@ -15,14 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops.low_rank import Deferred, transformed
-from lorakit.ops.native.training import AttentionInputs, Kernels, kernels
+from lorakit.ops.low_rank import transformed
+from lorakit.ops.native.training import AttentionInputs, Kernels, ProductInputs, kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor | None:
@@ -71,24 +73,62 @@ def document_attention(
     return _DocumentAttention.apply(q, k, v, cos, sin, borders.to(torch.int64), scale, library)
 
 
-def add_together(x: Tensor, products: Sequence[Deferred]) -> bool:
-    """Add the low-rank products of layers that read the same input, each in place: ``y_i += s_i x A_iᵀ B_iᵀ``.
+class Reading(NamedTuple):
+    """A frozen layer and its low-rank change: ``x Wᵀ + b + scale * x Aᵀ Bᵀ``.
 
-    ``x`` is read once for all of them, and once more for all their derivatives, of which one ``dx`` is made.
+    Attributes:
+        weight: ``W``, ``(out, in)``, frozen.
+        bias: ``(out,)``, frozen, or None.
+        A: ``(r, in)``.
+        B: ``(out, r)``.
+        scale: Of the product.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+def read(x: Tensor, readings: Sequence[Reading]) -> tuple[Tensor, ...] | None:
+    """What layers give that read the same input, ``(..., out)`` each.
+
+    For the low-rank changes ``x`` is read once, and the outputs' derivatives once more for all that is made of them;
+    the derivative of ``x`` is summed up in one place.
 
     Args:
         x: ``(..., in)``.
-        products: From `lorakit.ops.low_rank.deferred`.
-
-    Returns:
-        Whether it was done; nothing was changed otherwise.
+        readings: The layers.
     """
-    ys, As, Bs = ([getattr(product, name) for product in products] for name in ("y", "A", "B"))
-    library = _library(x, *ys, *As, *Bs)
-    if library is None or not x.is_contiguous():
-        return False
-    _AddTogether.apply(x, [product.scale for product in products], library, *ys, *As, *Bs)
-    return True
+    return _read(x, readings, gated=False)
+
+
+def read_gated(x: Tensor, gate: Reading, up: Reading, down: Reading) -> Tensor | None:
+    """``down(silu(gate(x)) * up(x))``: the perceptron of a decoder's block (Shazeer 2020, arXiv 2002.05202).
+
+    What goes through the gate is not kept: it is made again where its derivatives are.
+
+    Args:
+        x: ``(..., in)``.
+        gate: The layer whose output decides.
+        up: The layer whose output is let through; as large.
+        down: The layer that reads it.
+    """
+    if gate.weight.shape != up.weight.shape:
+        return None
+    done = _read(x, (gate, up, down), gated=True)
+    return None if done is None else done[0]
+
+
+def _read(x: Tensor, readings: Sequence[Reading], gated: bool) -> tuple[Tensor, ...] | None:
+    frozen = [t for reading in readings for t in (reading.weight, reading.bias) if t is not None]
+    factors = [t for reading in readings for t in (reading.A, reading.B)]
+    library = _library(x, *frozen, *factors)
+    if library is None or not x.is_contiguous() or any(t.requires_grad for t in frozen):
+        return None
+    way = _ReadGated if gated else _Read
+    return way.apply(x, readings, library, *factors)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> Tensor | None:
@@ -172,42 +212,112 @@ class _Swiglu(torch.autograd.Function):
         return *ctx.library.swiglu_back(dy.contiguous(), *ctx.saved_tensors), None
 
 
-class _AddTogether(torch.autograd.Function):
-    """``h_i = s_i x A_iᵀ``, ``dB_i = G_iᵀ h_i``, ``dh_i = s_i G_i B_i``, ``dA_i = dh_iᵀ x``, ``dx = Σ dh_i A_i``."""
+class _Read(torch.autograd.Function):
+    """``y_i = x W_iᵀ + b_i + h_i B_iᵀ`` with ``h_i = s_i x A_iᵀ``.
+
+    With ``G_i = dL/dy_i``: ``dB_i = G_iᵀ h_i``, ``dh_i = s_i G_i B_i``, ``dA_i = dh_iᵀ x``,
+    ``dx = Σ G_i W_i + dh_i A_i``.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: Sequence[float], library: Kernels, *given: Tensor
+        ctx: Any, x: Tensor, readings: Sequence[Reading], library: Kernels, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        number = len(scales)
-        ys, As, Bs = given[:number], given[number : 2 * number], given[2 * number :]
-        A = torch.cat(As)
-        ranks = [len(a) for a in As]
-        h = library.project(x, A, 1.0)
-        hs = [(part * scale).contiguous() for part, scale in zip(h.split(ranks, 1), scales, strict=True)]
-        for y, part, B in zip(ys, hs, Bs, strict=True):
-            library.expand(part, B.t().contiguous(), y, add=True)
-        ctx.library, ctx.scales, ctx.ranks = library, scales, ranks
-        ctx.save_for_backward(x, *As, *Bs, *hs)
-        ctx.mark_dirty(*ys)
-        return ys
+        ctx.library, ctx.layers = library, _Layers.of(readings)
+        given = ctx.layers.products(_rows(x), factors)
+        ys = ctx.layers.outputs(given.x)
+        h, _ = library.add_products(given, ys, gated=False)
+        ctx.save_for_backward(x, h, *factors)
+        return tuple(_as_input(y, x) for y in ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        library, scales, number = ctx.library, ctx.scales, len(ctx.scales)
-        x, *rest = ctx.saved_tensors
-        As, Bs, hs = rest[:number], rest[number : 2 * number], rest[2 * number :]
-        Gs = [G.contiguous() for G in gradients]
-        dBs = [library.collect(part, G).t() for part, G in zip(hs, Gs, strict=True)]
-        dhs = [library.project(G, B.t().contiguous(), s) for G, B, s in zip(Gs, Bs, scales, strict=True)]
-        dh = torch.cat(dhs, 1)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            library.expand(dh, torch.cat(As), dx, add=False)
-        dAs = library.collect(dh, x).split(ctx.ranks)
-        return dx, None, None, *Gs, *dAs, *dBs
+        x, h, *factors = ctx.saved_tensors
+        given, dys = ctx.layers.products(_rows(x), factors), [_rows(G.contiguous()) for G in gradients]
+        dx, dA, dBs = ctx.library.add_products_back(given, h, dys, onward=ctx.needs_input_grad[0])
+        dx = ctx.layers.onto(dx, dys)
+        return dx if dx is None else dx.view_as(x), None, None, *_by_layer(dA, dBs)
+
+
+class _ReadGated(torch.autograd.Function):
+    """``z = silu(y_0) * y_1`` of two layers as in `_Read`, and a third that reads it; ``z`` is made anew backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, readings: Sequence[Reading], library: Kernels, *factors: Tensor
+    ) -> tuple[Tensor]:
+        ctx.library, ctx.layers, ctx.last = library, _Layers.of(readings[:2]), _Layers.of(readings[2:])
+        given = ctx.layers.products(_rows(x), factors[:4])
+        ys = ctx.layers.outputs(given.x)
+        h, z = library.add_products(given, ys, gated=True)
+        assert z is not None
+        given = ctx.last.products(z, factors[4:])
+        out = ctx.last.outputs(z)
+        last_h, _ = library.add_products(given, out, gated=False)
+        ctx.save_for_backward(x, h, last_h, *ys, *factors)
+        return (_as_input(out[0], x),)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        library: Kernels = ctx.library
+        x, h, last_h, gate, up, *factors = ctx.saved_tensors
+        G = _rows(gradient.contiguous())
+        last_A, last_B = factors[4].contiguous(), factors[5].t().contiguous()
+        dz, last_dh, last_dB = library.add_product_back_onto(last_A, last_B, ctx.last.scales[0], last_h, G)
+        ctx.last.onto(dz, [G])
+        given, onward = ctx.layers.products(_rows(x), factors[:4]), ctx.needs_input_grad[0]
+        dys, dx, dA, dBs, last_dA = library.gated_products_back(
+            given, h, (gate, up), dz, last_dh, onward=onward
+        )
+        dx = ctx.layers.onto(dx, dys)
+        first = _by_layer(dA, dBs)
+        return dx if dx is None else dx.view_as(x), None, None, *first, last_dA, last_dB.t()
+
+
+class _Layers(NamedTuple):
+    """The frozen part of layers that read the same input."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    scales: Sequence[float]
+
+    @classmethod
+    def of(cls, readings: Sequence[Reading]) -> _Layers:
+        weights, biases, _, _, scales = zip(*readings, strict=True)
+        return cls(weights, biases, scales)
+
+    def products(self, rows: Tensor, factors: Sequence[Tensor]) -> ProductInputs:
+        """The low-rank changes: of each layer ``A`` and ``B``."""
+        As, Bs = factors[::2], factors[1::2]
+        A = torch.cat(tuple(As)) if len(As) > 1 else As[0].contiguous()
+        return ProductInputs(rows, A, [B.t().contiguous() for B in Bs], self.scales)
+
+    def outputs(self, rows: Tensor) -> list[Tensor]:
+        """``x W_iᵀ + b_i``."""
+        return [F.linear(rows, W, b) for W, b in zip(self.weights, self.biases, strict=True)]
+
+    def onto(self, dx: Tensor | None, dys: Sequence[Tensor]) -> Tensor | None:
+        """``dx + Σ G_i W_i`` in the memory of ``dx``, if it is wanted."""
+        if dx is not None:
+            for G, W in zip(dys, self.weights, strict=True):
+                dx.addmm_(G, W)
+        return dx
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.view(-1, x.shape[-1])
+
+
+def _as_input(y: Tensor, x: Tensor) -> Tensor:
+    return y.view(*x.shape[:-1], -1)
+
+
+def _by_layer(dA: Tensor, dBs: Sequence[Tensor]) -> list[Tensor]:
+    """The derivatives with respect to ``A`` and ``B`` of each layer in turn."""
+    parts = zip(dA.split([len(dB) for dB in dBs]), dBs, strict=True)
+    return [t for dA_i, dB in parts for t in (dA_i, dB.t())]
 
 
 class _DocumentAttention(torch.autograd.Function):

@@ -12,9 +12,6 @@ Source: Hu et al. 2021 (arXiv 2106.09685), equation 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,8 +49,6 @@ def add_low_rank(
         scale: The scaling times the weight of the adapter in a mix.
         dropout: Probability of dropping an entry of ``x`` on this path; 0 outside training.
     """
-    if _deferring is not None and _deferring.takes(y, x, A, B, scale, dropout):
-        return y
     # A compiler of graphs cannot look into the compiled product. What else it does not take it declines itself.
     if not dropout and not is_dynamo_compiling() and native.product is not None:
         added = native.product(y, x, A, B, scale)
@@ -81,64 +76,6 @@ def add_low_rank(
     if dropout:
         rows = _Dropout.apply(rows, dropout, _draw_seed())
     return _add_product_to(y, F.linear(rows, A), B, scale)
-
-
-@dataclass(frozen=True)
-class Deferred:
-    """A product that was asked for and is still to be added.
-
-    Attributes:
-        y: What it is to be added to.
-        A: Down projection, ``(r, in)``.
-        B: Up projection, ``(out, r)``.
-        scale: The factor on it.
-        version: How often ``y`` had been written to when it was asked for.
-    """
-
-    y: Tensor
-    A: Tensor
-    B: Tensor
-    scale: float
-    version: int
-
-
-class Deferring:
-    """What `deferred` gathers."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.products = x, list[Deferred]()
-
-    def takes(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> bool:
-        """Whether a product is one to gather: of this very input, with trained factors, in float32."""
-        if (
-            x is not self.x
-            or dropout
-            or not torch.is_grad_enabled()
-            or not (A.requires_grad and B.requires_grad)
-        ):
-            return False
-        if any(t.dtype is not torch.float32 for t in (y, A, B)) or not y.is_contiguous() or y._is_view():
-            return False  # of several views autograd lets nobody write to all at once
-        self.products.append(Deferred(y, A, B, scale, y._version))
-        return True
-
-
-@contextmanager
-def deferred(x: Tensor) -> Iterator[Deferring]:
-    """Inside a ``with`` block the products of one input are gathered and not added: whoever asks must add them.
-
-    For layers that read the same input; see `lorakit.ops.fused.add_together`.
-    """
-    global _deferring
-    before, _deferring = _deferring, Deferring(x)
-    try:
-        yield _deferring
-    finally:
-        _deferring = before
-
-
-# Other threads that meet it have other inputs.
-_deferring: Deferring | None = None
 
 
 def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:

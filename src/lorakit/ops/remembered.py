@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -56,7 +57,8 @@ def _numbers(tensor: Tensor) -> tuple[float, ...]:
     return float(t.sum()), float(torch.linalg.vector_norm(t))
 
 
-class _Entry(NamedTuple, Generic[T]):
+@dataclass(frozen=True, slots=True)  # a generic NamedTuple needs Python 3.11
+class _Entry(Generic[T]):
     seals: tuple[_Seal, ...]
     by: object
     value: T

@@ -9,7 +9,7 @@ trained themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from lorakit.ops.fused import add_together, document_attention, rms_norm, swiglu
-from lorakit.ops.low_rank import deferred
+from lorakit.attach.binding import slots_of
+from lorakit.attach.slot import output_hook
+from lorakit.ops.fused import Reading, document_attention, read, read_gated, rms_norm, swiglu
 from lorakit.ops.native.training import kernels
 from lorakit.train.for_a_while import in_eval_mode, with_forwards
 from lorakit.train.packing import NAME, pack, packed
@@ -161,25 +163,49 @@ def _norm(module: Any, original: Forward, hidden_states: Tensor) -> Tensor:
 
 
 def _gate(module: Any, original: Forward, x: Tensor) -> Tensor:
-    gate, up = _together(x, module.gate_proj, module.up_proj)
-    done = swiglu(gate, up)
-    return module.down_proj(module.act_fn(gate) * up if done is None else done)
+    readings = _readings(module.gate_proj, module.up_proj, module.down_proj)
+    done = None if readings is None else read_gated(x, *readings)
+    if done is not None:
+        return done
+    gate, up = _outputs_of(x, module.gate_proj, module.up_proj)
+    through = swiglu(gate, up)
+    return _outputs_of(module.act_fn(gate) * up if through is None else through, module.down_proj)[0]
 
 
-def _together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What layers give for the same input, their low-rank changes made together where these come last of all."""
-    with deferred(x) as found:
-        outputs = [layer(x) for layer in layers]
-    products = found.products
-    if not products:
-        return outputs
-    own = {id(y) for y in outputs}
-    last = all(id(p.y) in own and p.y._version == p.version for p in products) and len(products) <= len(
-        outputs
-    )
-    if last and add_together(x, products):
-        return outputs
-    return [layer(x) for layer in layers]  # something was done with what was not whole yet
+def _outputs_of(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """What layers give for the same input."""
+    readings = _readings(*layers)
+    outputs = None if readings is None else read(x, readings)
+    return [layer(x) for layer in layers] if outputs is None else outputs
+
+
+def _readings(*layers: nn.Module) -> list[Reading] | None:
+    """Layers and the low-rank changes that are all that is done to their outputs; None where something else is."""
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+        return None
+    found = [_reading(layer) for layer in layers]
+    return None if any(one is None for one in found) else found  # type: ignore[return-value]
+
+
+def _reading(layer: nn.Module) -> Reading | None:
+    slots = slots_of(layer)
+    if (
+        type(layer) is not nn.Linear
+        or len(slots) != 1
+        or slots[0].target.binding != "forward"
+        or _watched(layer)
+    ):
+        return None
+    factors = slots[0].product_alone()
+    if factors is None or not (factors.A.requires_grad and factors.B.requires_grad):
+        return None
+    return Reading(layer.weight, layer.bias, *factors)
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Whether somebody but its slot sees or changes what goes into a layer or comes out of it."""
+    before = layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(before) or list(layer._forward_hooks.values()) != [output_hook] or "forward" in layer.__dict__
 
 
 def _attention(
@@ -203,7 +229,7 @@ def _attention(
     ):
         done = _documents(module, hidden_states, position_embeddings, borders)
         if done is not None:
-            return module.o_proj(done), None
+            return _outputs_of(done, module.o_proj)[0], None
     # Where its products were made already they are made again, so that only whole calls are ours.
     return original(
         hidden_states=hidden_states,
@@ -218,7 +244,7 @@ def _documents(
     module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], borders: Tensor
 ) -> Tensor | None:
     """What the attention of packed documents gives to its output layer."""
-    q, k, v = _together(hidden_states, module.q_proj, module.k_proj, module.v_proj)
+    q, k, v = _outputs_of(hidden_states, module.q_proj, module.k_proj, module.v_proj)
     cos, sin = position_embeddings
     return document_attention(q, k, v, cos, sin, borders, module.scaling)
 
@@ -235,7 +261,7 @@ def _attention_by_looks(
     done = _documents(module, hidden_states, position_embeddings, borders)
     if done is None:
         return original(hidden_states=hidden_states, position_embeddings=position_embeddings, **kwargs)
-    return module.o_proj(done), None
+    return _outputs_of(done, module.o_proj)[0], None
 
 
 def _window(module: Any) -> int | None:

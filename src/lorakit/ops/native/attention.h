@@ -54,25 +54,35 @@ void score(const float* queries, const float* keys, int64_t count, int64_t n, fl
   }
 }
 
+// Of `count` entries, whole vectors of them. A NaN that is not the first is passed over.
+inline float largest(const float* x, int64_t count) {
+  Vector top = load(x);
+  for (int64_t k = WIDTH; k < count; k += WIDTH) {
+    const Vector v = load(x + k);
+    top = v > top ? v : top;
+  }
+  float most = top[0];
+  for (int j = 1; j < WIDTH; ++j) most = std::max(most, top[j]);
+  return most;
+}
+
 struct Softened {
   float largest, total;
 };
 
 // weights = e^(scores - the largest), and zero from `count` to `all`; and their sum.
 inline Softened soften(float* scores, int64_t count, int64_t all) {
-  float most = scores[0];
-  for (int64_t k = 1; k < count; ++k) most = std::max(most, scores[k]);
+  const int64_t padded_count = padded(count, WIDTH);
+  std::fill(scores + count, scores + all, scores[0]);
+  const float most = largest(scores, padded_count);
   std::fill(scores + count, scores + all, most);
   Vector sums{};
-  const int64_t padded_count = padded(count, WIDTH);
   for (int64_t k = 0; k < padded_count; k += WIDTH) {
     const Vector e = exponential(load(scores + k) - most);
     store(scores + k, e);
     sums += e;
   }
-  float total = 0;
-  for (int j = 0; j < WIDTH; ++j) total += sums[j];
-  total -= static_cast<float>(padded_count - count);  // e^0 each
+  const float total = sum_of(sums) - static_cast<float>(padded_count - count);  // e^0 each
   std::fill(scores + count, scores + all, 0.f);
   return {most, total};
 }

@@ -120,7 +120,7 @@ inline void pass_through(const Tensor& x, const Rows& from, float scale, float* 
   };
   const auto widen = [&](int64_t token, int64_t some, int64_t begin, int64_t end) {
     with_data(y, [&](auto* p) {
-      expand(h + token * r, onto->first, some, out, r, begin, end, add, p + token * step, step);
+      expand(h + token * r, r, onto->first, some, out, r, begin, end, add, p + token * step, step);
     });
   };
   if (tokens <= FEW_TOKENS && r * (n + out) >= FACTORS_WORTH_A_THREAD) {
@@ -146,8 +146,8 @@ inline Tensor collected(const Tensor& h, const Tensor& x) {
   const int64_t blocks = (n + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
   share(blocks, r * tokens * COLUMNS_AT_ONCE, [&](int64_t begin, int64_t end) {
     with_data(x, [&](const auto* p) {
-      collect(data<float>(h), p, tokens, n, r, begin * COLUMNS_AT_ONCE, std::min(n, end * COLUMNS_AT_ONCE),
-                       data<float>(result));
+      collect(data<float>(h), r, p, tokens, n, r, begin * COLUMNS_AT_ONCE, std::min(n, end * COLUMNS_AT_ONCE), false,
+              data<float>(result));
     });
   });
   return result;

@@ -112,7 +112,7 @@ inline void sum_rows(const float* l, int64_t l_row, int64_t l_column, const M* m
 
 // ---- the three products ------------------------------------------------------------------------------------------
 template <class X, class M>
-void project(const X* x, const M* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float scale,
+void project(const X* x, const M* m, int64_t rows, int64_t n, int64_t h_step, int64_t begin, int64_t end, float scale,
              float* h) {
   alignas(64) float copy[DOT_ROWS * PIECE];
   for (int64_t k = 0; k < n; k += PIECE) {
@@ -124,7 +124,7 @@ void project(const X* x, const M* m, int64_t rows, int64_t n, int64_t r, int64_t
       for (int64_t j = begin; j < end; j += DOT_COLUMNS)
         with_constant<DOT_ROWS>(some, [&](auto some_rows) {
           with_constant<DOT_COLUMNS>(std::min<int64_t>(DOT_COLUMNS, end - j), [&](auto columns) {
-            dot_tile<some_rows, columns>(from, step, m + j * n + k, n, piece, scale, k > 0, h + i * r + j, r);
+            dot_tile<some_rows, columns>(from, step, m + j * n + k, n, piece, scale, k > 0, h + i * h_step + j, h_step);
           });
         });
     }
@@ -132,25 +132,27 @@ void project(const X* x, const M* m, int64_t rows, int64_t n, int64_t r, int64_t
 }
 
 template <class Y>
-void expand(const float* h, const float* m, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, bool add,
-            Y* y, int64_t step) {
+void expand(const float* h, int64_t h_step, const float* m, int64_t rows, int64_t n, int64_t r, int64_t begin,
+            int64_t end, bool add, Y* y, int64_t step) {
   for (int64_t o = begin; o < end; o += PIECE)
-    sum_rows(h, r, 1, m, n, r, add, y, step, rows, o, std::min(end, o + PIECE));
+    sum_rows(h, h_step, 1, m, n, r, add, y, step, rows, o, std::min(end, o + PIECE));
 }
 
 template <class X>
-void collect(const float* h, const X* x, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end, float* d) {
+void collect(const float* h, int64_t h_step, const X* x, int64_t rows, int64_t n, int64_t r, int64_t begin, int64_t end,
+             bool add, float* d) {
   for (int64_t i = 0; i < rows; i += ROWS_AT_ONCE)
-    sum_rows(h + i * r, 1, r, x + i * n, n, std::min(ROWS_AT_ONCE, rows - i), i > 0, d, n, r, begin, end);
+    sum_rows(h + i * h_step, 1, h_step, x + i * n, n, std::min(ROWS_AT_ONCE, rows - i), add || i > 0, d, n, r, begin, end);
 }
 
 template void project(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
 template void project(const bfloat16*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
 template void project(const float*, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
 template void project(const float*, const float16*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
-template void expand(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float*, int64_t);
-template void expand(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bfloat16*, int64_t);
-template void collect(const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
-template void collect(const float*, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+template void expand(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float*, int64_t);
+template void expand(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bfloat16*, int64_t);
+template void collect(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float*);
+template void collect(const float*, int64_t, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                      float*);
 
 }  // namespace lorakit

@@ -22,6 +22,11 @@ int team(int64_t numbers, int64_t threads) {
   return static_cast<int>(std::max<int64_t>(1, std::min(threads, numbers / WORTH_A_THREAD)));
 }
 
+float* grown(std::vector<float>& v, int64_t size) {
+  if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
+  return v.data();
+}
+
 // ---- norms -------------------------------------------------------------------------------------------------------
 // With y = weight * x * factor: dx = factor * (dy * weight - y / weight * mean(dy * y)); x itself is not needed.
 void normalize_back(const float* dy, const float* y, const float* weight, float factor, int64_t n, float* dx) {
@@ -50,6 +55,112 @@ INLINE void each_vector(int64_t begin, int64_t end, const Body& body) {
   int64_t k = begin;
   for (; k + WIDTH <= end; k += WIDTH) body(std::false_type(), k, static_cast<int64_t>(WIDTH));
   if (k < end) body(std::true_type(), k, end - k);
+}
+
+INLINE void gate_all(const float* gate, const float* up, int64_t begin, int64_t end, float* y) {
+  each_vector(begin, end, [&](auto part, int64_t k, int64_t some) {
+    constexpr bool PART = decltype(part)::value;
+    store<PART>(y + k, silu(load<PART>(gate + k, some)) * load<PART>(up + k, some), some);
+  });
+}
+
+INLINE void gate_all_back(const float* dy, const float* gate, const float* up, int64_t begin, int64_t end, float* dgate,
+                          float* dup) {
+  each_vector(begin, end, [&](auto part, int64_t k, int64_t some) {
+    gate_back<decltype(part)::value>(dy + k, gate + k, up + k, some, dgate + k, dup + k);
+  });
+}
+
+// ---- low-rank products of one input ------------------------------------------------------------------------------
+// Each goes over the tokens once, a few at a time, which stay in the cache for all that is done with them.
+void add_products(const Products& p) {
+#pragma omp parallel for schedule(static) num_threads(team(p.tokens * p.n, p.threads))
+  for (int64_t t = 0; t < p.tokens; t += TOKENS_AT_ONCE) {
+    const int64_t some = std::min(TOKENS_AT_ONCE, p.tokens - t);
+    const float* A = p.A;
+    float* h = p.h + t * p.r;
+    for (int64_t i = 0; i < p.count; ++i) {
+      const Product& one = p.each[i];
+      project(p.x + t * p.n, A, some, p.n, p.r, 0, one.r, static_cast<float>(one.scale), h);
+      expand(h, p.r, one.B, some, one.out, one.r, 0, one.out, true, one.y + t * one.out, one.out);
+      A += one.r * p.n;
+      h += one.r;
+    }
+    if (p.gated != nullptr) {
+      const int64_t out = p.each[0].out;
+      gate_all(p.each[0].y, p.each[1].y, t * out, (t + some) * out, p.gated);
+    }
+  }
+}
+
+// The derivatives of the factors are sums over all tokens. They are made in so many parts, each of tokens that follow each
+// other, whoever makes them: so the result does not depend on the number of threads.
+constexpr int64_t PARTS = 16;
+// Tokens at a time where they also go through a gate.
+constexpr int64_t GATED_AT_ONCE = TOKENS_AT_ONCE / 2;
+
+// With G = dL/dy: dB = Gᵀ h, dh = scale * G B, dA = dhᵀ x, dx = dh A. The sums of one part go to `sums`, in the order of `results`
+// below: dA, that of the next layer, each dB.
+void add_products_back(const Products& p, int64_t begin, int64_t end, float* sums) {
+  const int64_t at_once = p.dgated != nullptr ? GATED_AT_ONCE : TOKENS_AT_ONCE;
+  thread_local std::vector<float> room, gated_room;
+  float* const scratch = grown(room, at_once * p.r);
+  for (int64_t t = begin; t < end; t += at_once) {
+    const int64_t some = std::min(at_once, end - t);
+    float* const dh = p.dh != nullptr ? p.dh + t * p.r : scratch;
+    float* dB = sums + (p.x != nullptr ? p.r * p.n : 0);
+    if (p.dgated != nullptr) {
+      const Product &gate = p.each[0], &up = p.each[1];
+      const int64_t from = t * gate.out, count = some * gate.out;
+      gate_all_back(p.dgated, gate.y, up.y, from, from + count, gate.dy, up.dy);
+      if (p.next_dh != nullptr) {
+        float* const gated = grown(gated_room, count);
+        gate_all(gate.y + from, up.y + from, 0, count, gated);
+        collect(p.next_dh + t * p.next_r, p.next_r, gated, some, gate.out, p.next_r, 0, gate.out, t > begin, dB);
+        dB += p.next_r * gate.out;
+      }
+    }
+    int64_t first = 0;
+    for (int64_t i = 0; i < p.count; ++i) {
+      const Product& one = p.each[i];
+      const float* G = one.dy + t * one.out;
+      project(G, one.B, some, one.out, p.r, 0, one.r, static_cast<float>(one.scale), dh + first);
+      collect(p.h + t * p.r + first, p.r, G, some, one.out, one.r, 0, one.out, t > begin, dB);
+      dB += one.r * one.out;
+      first += one.r;
+    }
+    if (p.x != nullptr) collect(dh, p.r, p.x + t * p.n, some, p.n, p.r, 0, p.n, t > begin, sums);
+    if (p.dx != nullptr) expand(dh, p.r, p.A, some, p.n, p.r, 0, p.n, false, p.dx + t * p.n, p.n);
+  }
+}
+
+void add_products_back(const Products& p) {
+  const int64_t each = std::max(TOKENS_AT_ONCE, padded((p.tokens + PARTS - 1) / PARTS, 8));
+  const int64_t parts = (p.tokens + each - 1) / each;
+  std::vector<std::pair<float*, int64_t>> results;
+  if (p.x != nullptr) results.emplace_back(p.dA, p.r * p.n);
+  if (p.next_dh != nullptr) results.emplace_back(p.next_dA, p.next_r * p.each[0].out);
+  for (int64_t i = 0; i < p.count; ++i) results.emplace_back(p.each[i].dB, p.each[i].r * p.each[i].out);
+  int64_t size = 0;
+  for (const auto& result : results) size += result.second;
+  thread_local std::vector<float> room;
+  float* const sums = grown(room, parts * size);
+#pragma omp parallel num_threads(team(p.tokens * p.n, p.threads))
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t part = 0; part < parts; ++part)
+      add_products_back(p, part * each, std::min(p.tokens, (part + 1) * each), sums + part * size);
+    const float* from = sums;
+    for (const auto& [to, count] : results) {
+#pragma omp for schedule(static) nowait
+      for (int64_t k = 0; k < count; ++k) {
+        float sum = from[k];
+        for (int64_t part = 1; part < parts; ++part) sum += from[part * size + k];
+        to[k] = sum;
+      }
+      from += count;
+    }
+  }
 }
 
 // ---- cross-entropy -----------------------------------------------------------------------------------------------
@@ -123,11 +234,6 @@ struct Part {
 struct Scratch {
   std::vector<float> keys, key_rows, values, scores, changes, dk, dv;
 };
-
-float* grown(std::vector<float>& v, int64_t size) {
-  if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
-  return v.data();
-}
 
 void attend(const Part& part, Scratch& scratch) {
   const Attention& a = part.a;
@@ -285,10 +391,7 @@ EXPORTED void lorakit_swiglu(const float* gate, const float* up, int64_t count, 
   using namespace lorakit;
 #pragma omp parallel for num_threads(team(count, threads))
   for (int64_t begin = 0; begin < count; begin += ENTRIES_AT_ONCE)
-    each_vector(begin, std::min(count, begin + ENTRIES_AT_ONCE), [&](auto part, int64_t k, int64_t some) {
-      constexpr bool PART = decltype(part)::value;
-      store<PART>(y + k, silu(load<PART>(gate + k, some)) * load<PART>(up + k, some), some);
-    });
+    gate_all(gate, up, begin, std::min(count, begin + ENTRIES_AT_ONCE), y);
 }
 
 EXPORTED void lorakit_swiglu_back(const float* dy, const float* gate, const float* up, int64_t count, float* dgate,
@@ -296,9 +399,7 @@ EXPORTED void lorakit_swiglu_back(const float* dy, const float* gate, const floa
   using namespace lorakit;
 #pragma omp parallel for num_threads(team(count, threads))
   for (int64_t begin = 0; begin < count; begin += ENTRIES_AT_ONCE)
-    each_vector(begin, std::min(count, begin + ENTRIES_AT_ONCE), [&](auto part, int64_t k, int64_t some) {
-      gate_back<decltype(part)::value>(dy + k, gate + k, up + k, some, dgate + k, dup + k);
-    });
+    gate_all_back(dy, gate, up, begin, std::min(count, begin + ENTRIES_AT_ONCE), dgate, dup);
 }
 
 // The losses of rows of n logits, and their derivatives, if `dx` is given.
@@ -309,30 +410,9 @@ EXPORTED void lorakit_cross_entropy(const float* x, const int64_t* targets, int6
     losses[i] = lorakit::cross_entropy(x + i * n, n, targets[i], dx == nullptr ? nullptr : dx + i * n);
 }
 
-// The products of products.h over all tokens: H = scale * X Mᵀ, then Y (+)= H M, and D = Hᵀ X.
-EXPORTED void lorakit_project(const float* x, const float* m, int64_t tokens, int64_t n, int64_t r, double scale, float* h,
-                              int64_t threads) {
-  using namespace lorakit;
-#pragma omp parallel for num_threads(team(tokens * n, threads))
-  for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE)
-    project(x + t * n, m, std::min(TOKENS_AT_ONCE, tokens - t), n, r, 0, r, static_cast<float>(scale), h + t * r);
-}
+EXPORTED void lorakit_add_products(const lorakit::Products* products) { lorakit::add_products(*products); }
 
-EXPORTED void lorakit_expand(const float* h, const float* m, int64_t tokens, int64_t n, int64_t r, int64_t add, float* y,
-                             int64_t threads) {
-  using namespace lorakit;
-#pragma omp parallel for num_threads(team(tokens * n, threads))
-  for (int64_t t = 0; t < tokens; t += TOKENS_AT_ONCE)
-    expand(h + t * r, m, std::min(TOKENS_AT_ONCE, tokens - t), n, r, 0, n, add != 0, y + t * n, n);
-}
-
-EXPORTED void lorakit_collect(const float* h, const float* x, int64_t tokens, int64_t n, int64_t r, float* d,
-                              int64_t threads) {
-  using namespace lorakit;
-#pragma omp parallel for num_threads(team(tokens * n, threads))
-  for (int64_t c = 0; c < n; c += COLUMNS_AT_ONCE)
-    collect(h, x, tokens, n, r, c, std::min(n, c + COLUMNS_AT_ONCE), d);
-}
+EXPORTED void lorakit_add_products_back(const lorakit::Products* products) { lorakit::add_products_back(*products); }
 
 EXPORTED void lorakit_attention(const lorakit::Attention* attention) {
   lorakit::each_part(*attention, [](const auto& part, auto& scratch) { lorakit::attend(part, scratch); });

@@ -22,4 +22,30 @@ struct Attention {
   double scale;
 };
 
+// One of several layers that read the same input, and the low-rank change of its output: y += scale * x Aᵀ Bᵀ.
+struct Product {
+  const float* B;        // transposed: (r, out)
+  float* y;              // (tokens, out): forward it is added to
+  float* dy;             // backward: (tokens, out)
+  float* dB;             // backward: transposed, (r, out)
+  int64_t r, out;
+  double scale;
+};
+
+// All of them. Where `gated` (`dgated`) is given there are two, and what goes on is silu(y of the first) * y of the second:
+// backward their `dy` are made here.
+struct Products {
+  const float *x, *A;    // (tokens, n), and the factors of all below each other: (r, n); backward x may be null
+  const Product* each;
+  float* h;              // (tokens, r): scale * x Aᵀ; backward it is read
+  float* gated;          // forward, if not null: (tokens, out)
+  const float* dgated;   // backward, if not null: (tokens, out)
+  float* dx;             // backward, if not null: (tokens, n), gets the low-rank part
+  float* dA;             // backward, if x is not null: (r, n)
+  float* dh;             // backward, if not null: (tokens, r), what of h goes on to x and A
+  const float* next_dh;  // backward, if not null: that of a layer that reads what went on, (tokens, next_r)
+  float* next_dA;        // and its derivative: (next_r, out)
+  int64_t tokens, n, r, count, threads, next_r;
+};
+
 }  // namespace lorakit

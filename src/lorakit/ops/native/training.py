@@ -1,13 +1,13 @@
 """What a training step does between its matrix products, compiled, as Python sees it: plain functions of tensors.
 
-The structure mirrors `training.h`, field by field. Nothing here is known to autograd; see `lorakit.ops.fused`.
+The structures mirror `training.h`, field by field. Nothing here is known to autograd; see `lorakit.ops.fused`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import POINTER, Structure, addressof, byref, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,38 @@ class _Attention(Structure):
         *((name, c_int64) for name in ("documents", "heads", "kv_heads", "n", "threads")),
         ("scale", c_double),
     ]
+
+
+class _Product(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("B", "y", "dy", "dB")),
+        *((name, c_int64) for name in ("r", "out")),
+        ("scale", c_double),
+    ]
+
+
+class _Products(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "A", "each", "h", "gated", "dgated", "dx", "dA")),
+        *((name, c_void_p) for name in ("dh", "next_dh", "next_dA")),
+        *((name, c_int64) for name in ("tokens", "n", "r", "count", "threads", "next_r")),
+    ]
+
+
+class ProductInputs(NamedTuple):
+    """The low-rank changes of layers that read the same input; all contiguous.
+
+    Attributes:
+        x: ``(tokens, n)``.
+        A: The factors of all below each other, ``(sum of r, n)``.
+        Bs: Of each, transposed: ``(r, out)``.
+        scales: Of each.
+    """
+
+    x: Tensor
+    A: Tensor
+    Bs: Sequence[Tensor]
+    scales: Sequence[float]
 
 
 class AttentionInputs(NamedTuple):
@@ -69,9 +101,8 @@ class Kernels:
         self._swiglu = _in_threads(library, "swiglu", P, P, N, P)
         self._swiglu_back = _in_threads(library, "swiglu_back", P, P, P, N, P, P)
         self._cross_entropy = _in_threads(library, "cross_entropy", P, P, N, N, P, P)
-        self._project = _in_threads(library, "project", P, P, N, N, N, c_double, P)
-        self._expand = _in_threads(library, "expand", P, P, N, N, N, N, P)
-        self._collect = _in_threads(library, "collect", P, P, N, N, N, P)
+        self._add_products = _function(library, "add_products", POINTER(_Products))
+        self._add_products_back = _function(library, "add_products_back", POINTER(_Products))
         self._attention = _function(library, "attention", POINTER(_Attention))
         self._attention_back = _function(library, "attention_back", POINTER(_Attention))
 
@@ -113,24 +144,96 @@ class Kernels:
         self._cross_entropy(_at(logits), _at(targets), rows, n, _at(losses), _at(gradient))
         return losses
 
-    def project(self, x: Tensor, M: Tensor, scale: float) -> Tensor:
-        """``scale * x Mᵀ`` for ``x`` ``(..., n)`` and ``M`` ``(r, n)``: ``(tokens, r)``."""
-        r, n = M.shape
-        h = x.new_empty(x.numel() // n, r)
-        self._project(_at(x), _at(M), len(h), n, r, scale, _at(h))
-        return h
+    def add_products(
+        self, given: ProductInputs, ys: Sequence[Tensor], *, gated: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add ``scale_i * x A_iᵀ B_iᵀ`` to each ``y_i``.
 
-    def expand(self, h: Tensor, M: Tensor, y: Tensor, *, add: bool) -> None:
-        """``y = h M``, or ``y += h M``, for ``h`` ``(tokens, r)``, ``M`` ``(r, n)`` and ``y`` ``(..., n)``."""
-        r, n = M.shape
-        self._expand(_at(h), _at(M), len(h), n, r, int(add), _at(y))
+        Args:
+            given: What is multiplied.
+            ys: ``(tokens, out)`` each.
+            gated: Whether what goes on is ``silu(y_0) * y_1``.
 
-    def collect(self, h: Tensor, x: Tensor) -> Tensor:
-        """``hᵀ x`` for ``h`` ``(tokens, r)`` and ``x`` ``(..., n)``: ``(r, n)``."""
-        tokens, r = h.shape
-        d = x.new_empty(r, x.shape[-1])
-        self._collect(_at(h), _at(x), tokens, x.shape[-1], r, _at(d))
-        return d
+        Returns:
+            ``scale_i * x A_iᵀ`` of all, side by side ``(tokens, sum of r)``; and what goes on, if gated.
+        """
+        h = given.x.new_empty(len(given.x), len(given.A))
+        through = torch.empty_like(ys[0]) if gated else None
+        call = _products(given, h, [{"y": y} for y in ys])
+        call.gated = _at(through)
+        self._add_products(byref(call))
+        return h, through
+
+    def add_products_back(
+        self, given: ProductInputs, h: Tensor, dys: Sequence[Tensor], *, onward: bool
+    ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+        """The derivatives with respect to ``x``, through the low-rank way alone, to ``A`` and to each ``B``.
+
+        Args:
+            given: What was multiplied.
+            h: What `add_products` returned.
+            dys: The derivative with respect to each ``y_i``.
+            onward: Whether that of ``x`` is wanted.
+        """
+        dx, dA = torch.empty_like(given.x) if onward else None, torch.empty_like(given.A)
+        call, dBs = _products_back(given, h, dys)
+        call.dx, call.dA = _at(dx), _at(dA)
+        self._add_products_back(byref(call))
+        return dx, dA, dBs
+
+    def add_product_back_onto(
+        self, A: Tensor, B: Tensor, scale: float, h: Tensor, dy: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for one layer whose input is gone.
+
+        Args:
+            A: ``(r, n)``.
+            B: Transposed: ``(r, out)``.
+            scale: Of the product.
+            h: What `add_products` returned.
+            dy: ``(tokens, out)``.
+
+        Returns:
+            With respect to the input ``(tokens, n)``, to ``h`` without the scale ``(tokens, r)`` and to ``B``.
+        """
+        dx, dh = dy.new_empty(len(dy), A.shape[1]), torch.empty_like(h)
+        call, (dB,) = _products_back(ProductInputs(dx, A, [B], [scale]), h, [dy])
+        call.x, call.dx, call.dh = None, _at(dx), _at(dh)
+        self._add_products_back(byref(call))
+        return dx, dh, dB
+
+    def gated_products_back(
+        self,
+        given: ProductInputs,
+        h: Tensor,
+        ys: Sequence[Tensor],
+        dgated: Tensor,
+        next_dh: Tensor | None,
+        *,
+        onward: bool,
+    ) -> tuple[list[Tensor], Tensor | None, Tensor, list[Tensor], Tensor | None]:
+        """As `add_products_back`, from the derivative with respect to what went on through a gate.
+
+        Args:
+            given: What was multiplied.
+            h: What `add_products` returned.
+            ys: What it left: of the gate, and of what that lets through.
+            dgated: With respect to what went on.
+            next_dh: Of a layer that read this: what of its ``h`` goes on to its ``A``, ``(tokens, r)``.
+            onward: Whether the derivative of ``x`` is wanted.
+
+        Returns:
+            Those of the ``ys``; then what `add_products_back` returns; then that of the next layer's ``A``.
+        """
+        dx, dA = torch.empty_like(given.x) if onward else None, torch.empty_like(given.A)
+        dys = [torch.empty_like(y) for y in ys]
+        next_dA = None if next_dh is None else dgated.new_empty(next_dh.shape[1], dgated.shape[1])
+        call, dBs = _products_back(given, h, dys, ys)
+        call.dx, call.dA, call.dgated = _at(dx), _at(dA), _at(dgated)
+        if next_dh is not None:
+            call.next_dh, call.next_dA, call.next_r = _at(next_dh), _at(next_dA), next_dh.shape[1]
+        self._add_products_back(byref(call))
+        return dys, dx, dA, dBs, next_dA
 
     def takes_heads(self, n: int) -> bool:
         """Whether attention runs with heads of ``n`` entries."""
@@ -193,6 +296,30 @@ def _in_threads(library: ctypes.CDLL, name: str, *types: Any) -> Callable[..., N
 
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _products(given: ProductInputs, h: Tensor, pointers: Sequence[Mapping[str, Tensor]]) -> _Products:
+    x, A, Bs, scales = given
+    each = (_Product * len(Bs))()
+    for one, B, scale, named in zip(each, Bs, scales, pointers, strict=True):
+        one.B, one.r, one.out, one.scale = _at(B), *B.shape, scale
+        for name, tensor in named.items():
+            setattr(one, name, _at(tensor))
+    call = _Products(x=_at(x), A=_at(A), h=_at(h), tokens=len(x), n=x.shape[1], r=len(A), count=len(Bs))
+    call.each, call.threads = addressof(each), torch.get_num_threads()
+    call.kept = each  # not a field: the memory that `each` points to lives as long
+    return call
+
+
+def _products_back(
+    given: ProductInputs, h: Tensor, dys: Sequence[Tensor], ys: Sequence[Tensor] = ()
+) -> tuple[_Products, list[Tensor]]:
+    """A call that goes back, and where it puts the derivatives with respect to each ``B``, transposed."""
+    dBs = [torch.empty_like(B) for B in given.Bs]
+    pointers = [{"dy": dy, "dB": dB} for dy, dB in zip(dys, dBs, strict=True)]
+    for pointer, y in zip(pointers, ys, strict=False):
+        pointer["y"] = y
+    return _products(given, h, pointers), dBs
 
 
 def _attention(given: AttentionInputs, y: Tensor, logs: Tensor) -> _Attention:
