@@ -18,5 +18,7 @@ def main() -> None:
         )
         sys.exit(2)
     from lorakit.cli.app import run
+    from lorakit.cli.lean_start import claim_process
 
+    claim_process()
     sys.exit(run(sys.argv[1:]))

@@ -66,9 +66,11 @@ def command(
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
     """Train and show the progress; of several processes the main one does. See `lorakit.train.train`."""
+    from lorakit.cli.lean_start import import_trainer
     from lorakit.cli.output import quiet_loading
 
     with seldom_collected():
+        import_trainer()
         from lorakit.train import progress_for, train
         from lorakit.train.distributed import is_main_process
 
