@@ -24,6 +24,7 @@ NAMES = (
 STUDIES = (
     "serve_throughput",
     "serve_shapes",
+    "serve_arrivals",
     "serve_cold",
     "serve_memory",
     "serve_soak",

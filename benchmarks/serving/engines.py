@@ -1,4 +1,4 @@
-"""The engines that run in Python: lorakit's, PEFT in two ways, and transformers' continuous batching."""
+"""The engines that run in Python: lorakit's, PEFT in two ways, merged copies, and transformers' continuous batching."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.serving.load import Asked
+from benchmarks.serving.load import Asked, Coming
+
+MOST_ROWS = 16  # of a static batch
 
 
 class Engine(Protocol):
@@ -54,17 +56,17 @@ class Lorakit:
 
         async def arriving(one: Asked) -> None:
             await asyncio.sleep(max(0.0, began + one.arrival - time.perf_counter()))
-            await self.ask(one)
+            await self.ask(one, since=began + one.arrival)
 
         work = [arriving(one) for one in asked] if together is None else [client() for _ in range(together)]
         await asyncio.gather(*work)
 
-    async def ask(self, one: Asked, noted: list[float] | None = None) -> None:
-        """Answer one request; ``noted`` gets the time of each token."""
+    async def ask(self, one: Asked, noted: list[float] | None = None, since: float | None = None) -> None:
+        """Answer one request, which has waited ``since`` then; ``noted`` gets the time of each token."""
         from lorakit.serve.requests import FinishEvent, GenerationRequest, TokenEvent
         from lorakit.serve.sampling import Sampling
 
-        one.submitted = time.perf_counter()
+        one.submitted = time.perf_counter() if since is None else since
         lease = None
         if one.adapter is not None:
             lease = await asyncio.wrap_future(self.server.store.acquire(f"a{one.adapter:04d}"))
@@ -87,12 +89,15 @@ class Lorakit:
 class _Peft:
     """transformers' ``generate`` on static batches of at most 16, the oldest requests first."""
 
+    model: Any
+
     def __init__(self, model: Path, adapters: Path | None, threads: int, count: int) -> None:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+        base.generation_config.eos_token_id = None  # every answer is as long as was asked for
         self.has_adapters = bool(count)
         if count:
             assert adapters is not None
@@ -102,14 +107,14 @@ class _Peft:
         self.model = base.eval()
 
     def run(self, asked: Sequence[Asked], together: int | None) -> None:
-        assert together is not None, "static batches have no arrivals"
         waiting: list[Asked] = []
-        left = list(asked)
-        while left or waiting:
-            while left and len(waiting) < together:
-                left[0].submitted = time.perf_counter()
-                waiting.append(left.pop(0))
-            batch = self._pick(waiting)
+        coming = Coming(asked, together)
+        while coming or waiting:
+            waiting += coming.due(len(waiting))
+            if not waiting:
+                coming.wait()
+                continue
+            batch = self._pick(waiting)[:MOST_ROWS]
             for one in batch:
                 waiting.remove(one)
             self._answer(batch)
@@ -175,6 +180,52 @@ class PeftGroups(_Peft):
         self._generate(batch, {})
 
 
+class MergedCopies(PeftGroups):
+    """A copy of the base for each adapter, merged into it by PEFT; each copy answers those who wait for it."""
+
+    def __init__(self, model: Path, adapters: Path | None, threads: int, count: int) -> None:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        assert adapters is not None
+        torch.set_num_threads(threads)
+        self.has_adapters = False  # each copy is a plain model
+        self.copies = []
+        for i in range(count):
+            base = AutoModelForCausalLM.from_pretrained(
+                model, dtype=torch.float32, attn_implementation="sdpa"
+            )
+            base.generation_config.eos_token_id = None  # every answer is as long as was asked for
+            merged = PeftModel.from_pretrained(base, adapters / f"a{i:04d}").merge_and_unload()
+            for parameter in merged.parameters():
+                parameter.data = parameter.data.clone()  # its own memory, not the file's pages
+            self.copies.append(merged.eval())
+
+    def _answer(self, batch: list[Asked]) -> None:
+        assert batch[0].adapter is not None
+        self.model = self.copies[batch[0].adapter]
+        self._generate(batch, {})
+
+
+def why_copies_do_not_fit(model: Path, count: int) -> str | None:
+    """Why there is no memory for a float32 copy of the base for each adapter; None when there is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    one = sum(parameter.numel() * 4 for parameter in outline.parameters())
+    free = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    if count * one < 0.9 * free:
+        return None
+    return (
+        f"{count} copies of {one / 1e6:.0f} MB take {count * one / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"
+    )
+
+
 class ContinuousBatching:
     """transformers' continuous batching; it has no adapters."""
 
@@ -190,7 +241,6 @@ class ContinuousBatching:
     def run(self, asked: Sequence[Asked], together: int | None) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        assert together is not None
         manager = self.model.init_continuous_batching(
             generation_config=GenerationConfig(
                 max_new_tokens=64, do_sample=False, eos_token_id=-1, pad_token_id=0
@@ -201,13 +251,12 @@ class ContinuousBatching:
             ),
         )  # fmt: skip
         manager.start()
-        left, running = list(asked), {}
+        coming = Coming(asked, together)
+        running: dict[str, Asked] = {}
         number = 0
         try:
-            while left or running:
-                while left and len(running) < together:
-                    one = left.pop(0)
-                    one.submitted = time.perf_counter()
+            while coming or running:
+                for one in coming.due(len(running)):
                     running[f"r{number}"] = one
                     manager.add_request(
                         one.prompt,
@@ -217,6 +266,9 @@ class ContinuousBatching:
                         eos_token_id=-1,
                     )
                     number += 1
+                if not running:
+                    coming.wait()
+                    continue
                 result = manager.get_result(timeout=0.05)
                 if result is None:
                     continue

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -45,6 +47,42 @@ class Asked:
         if len(self.answer) == self.tokens:
             self.done = now
         return self.done is not None
+
+
+class Coming:
+    """The requests as a client has them who drives an engine step by step.
+
+    Args:
+        asked: All, in order.
+        together: How many are under way at a time; None: each comes at its arrival, counted from now.
+    """
+
+    def __init__(self, asked: Sequence[Asked], together: int | None) -> None:
+        self._left = deque(asked)
+        self._together, self._began = together, time.perf_counter()
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    def due(self, running: int) -> list[Asked]:
+        """Those that are to be sent now, while ``running`` others are under way."""
+        now = time.perf_counter()
+        sent: list[Asked] = []
+        while self._left and (
+            self._began + self._left[0].arrival <= now
+            if self._together is None
+            else running + len(sent) < self._together
+        ):
+            one = self._left.popleft()
+            # Who had to wait until somebody looked has waited for the engine.
+            one.submitted = now if self._together is not None else self._began + one.arrival
+            sent.append(one)
+        return sent
+
+    def wait(self) -> None:
+        """Sleep until the next one comes."""
+        if self._left and self._together is None:
+            time.sleep(max(0.0, self._began + self._left[0].arrival - time.perf_counter()))
 
 
 def make_load(

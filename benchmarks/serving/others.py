@@ -23,6 +23,7 @@ from urllib.parse import urlparse
 from benchmarks.serving.load import Asked
 
 HERE = Path(__file__).resolve().parent
+_PATIENCE = 1800  # seconds; a server that is asked for more than it can do has long queues
 
 
 class _Child:
@@ -84,11 +85,11 @@ class LlamaCpp(_Child):
         raise RuntimeError("llama.cpp's server does not become ready")
 
     def run(self, asked: Sequence[Asked], together: int | None) -> None:
-        assert together is not None
         waiting: queue.Queue[Asked] = queue.Queue()
         for one in asked:
             waiting.put(one)
         failed: list[BaseException] = []
+        began = time.perf_counter()
 
         def client() -> None:
             while not failed:
@@ -97,11 +98,16 @@ class LlamaCpp(_Child):
                 except queue.Empty:
                     return
                 try:
-                    self._ask(one)
+                    if together is None:
+                        time.sleep(max(0.0, began + one.arrival - time.perf_counter()))
+                    self._ask(one, began + one.arrival if together is None else time.perf_counter())
                 except BaseException as error:
                     failed.append(error)
 
-        clients = [threading.Thread(target=client) for _ in range(together)]
+        # Where requests come by themselves, none waits for another one's client.
+        clients = [
+            threading.Thread(target=client) for _ in range(len(asked) if together is None else together)
+        ]
         for thread in clients:
             thread.start()
         for thread in clients:
@@ -109,15 +115,15 @@ class LlamaCpp(_Child):
         if failed:
             raise failed[0]
 
-    def _ask(self, one: Asked) -> None:
-        one.submitted = time.perf_counter()
+    def _ask(self, one: Asked, since: float) -> None:
+        one.submitted = since
         body: dict[str, Any] = {
             "prompt": one.prompt, "n_predict": one.tokens, "stream": True, "ignore_eos": True, "temperature": 0.0,
             "cache_prompt": False, "return_tokens": True, "samplers": ["top_k"], "top_k": 1,
         }  # fmt: skip
         if self.loras:
             body["lora"] = [] if one.adapter is None else [{"id": one.adapter, "scale": 1.0}]
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=300)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=_PATIENCE)
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         if answer.status != 200:
@@ -209,10 +215,12 @@ class Vllm(_Child):
 
     def run(self, asked: Sequence[Asked], together: int | None) -> None:
         assert self.process.stdin is not None
-        assert together is not None
         plan = {
             "together": together,
-            "asked": [{"prompt": a.prompt, "tokens": a.tokens, "adapter": a.adapter} for a in asked],
+            "asked": [
+                {"prompt": a.prompt, "tokens": a.tokens, "adapter": a.adapter, "arrival": a.arrival}
+                for a in asked
+            ],
         }
         offset = time.perf_counter()
         self.process.stdin.write(json.dumps(plan) + "\n")

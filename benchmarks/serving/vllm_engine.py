@@ -38,12 +38,19 @@ for line in sys.stdin:
     began = time.perf_counter()
     left, running, told = list(enumerate(plan["asked"])), {}, [{} for _ in plan["asked"]]
     while left or running:
-        while left and len(running) < plan["together"]:
+        if plan["together"] is None and not running:
+            time.sleep(max(0.0, began + left[0][1]["arrival"] - time.perf_counter()))
+        while left and (
+            began + left[0][1]["arrival"] <= time.perf_counter()
+            if plan["together"] is None
+            else len(running) < plan["together"]
+        ):
             i, one = left.pop(0)
             number += 1
             name = str(number)
             running[name] = i
-            told[i] = {"submitted": time.perf_counter() - began, "tokens": []}
+            since = time.perf_counter() - began if plan["together"] is not None else one["arrival"]
+            told[i] = {"submitted": since, "tokens": []}
             lora = None
             if one["adapter"] is not None:
                 lora = LoRARequest(f"a{one['adapter']}", one["adapter"] + 1, adapters[one["adapter"]])

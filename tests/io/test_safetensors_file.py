@@ -225,3 +225,23 @@ def test_a_dtype_that_the_format_lacks() -> None:
 def test_a_missing_file_is_our_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="cannot be read"):
         load_tensors(tmp_path / "none")
+
+
+def test_a_large_file_is_read_whole_and_lies_in_one_memory(tmp_path: Path) -> None:
+    made = {"a": torch.randn(700, 1000), "b": torch.randn(1000, 900)}
+    save_file(made, tmp_path / "large")
+    read, _ = load_tensors(tmp_path / "large")
+    assert all(torch.equal(read[name], tensor) for name, tensor in made.items())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in read.values()}) == 1
+    assert read["a"].untyped_storage().nbytes() == sum(tensor.nbytes for tensor in made.values())
+
+
+def test_no_memory_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.zeros(3)}, tmp_path / "small")
+
+    def refuse(*size: int, dtype: torch.dtype) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(MemoryError, match=r"12 bytes of .*small"):
+        load_tensors(tmp_path / "small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import lorakit as lk
 from lorakit.core import AdapterState
 from lorakit.errors import InvalidAdapterIdError
+from lorakit.serve import versions
 from lorakit.serve.versions import content_digest, make_version, mix_digest, parse_id, parse_name
 from tests.serve.store_world import make_state
 
@@ -72,3 +74,23 @@ def test_a_version_keeps_no_memory_that_it_does_not_use() -> None:
     assert sum(kept.values()) == version.bytes == state.nbytes
     assert version.digest == content_digest(state)
     assert version.rank == 4
+
+
+def test_what_two_threads_hash_is_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = make_state(1)
+    alone = content_digest(state)
+    monkeypatch.setattr(versions, "_WORTH_A_HELPER", 0)
+    assert content_digest(state) == alone
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert content_digest(state) == alone
+
+
+def test_versions_share_what_is_no_number() -> None:
+    one, two = (make_version(make_state(seed), "a", 1, "somewhere").state for seed in (1, 2))
+    for path, other in zip(one.tensors, two.tensors, strict=True):
+        assert path is other
+        assert one.spec.shapes[path] is two.spec.shapes[path]

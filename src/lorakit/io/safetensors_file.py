@@ -41,6 +41,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
     Raises:
         AdapterFileError: The file is damaged; the message says what is wrong with it.
+        MemoryError: There is not enough memory for it.
     """
     path = Path(path)
     try:
@@ -48,7 +49,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, file.read(8), size)
             entries, metadata = parse_header(path, file.read(length), size - 8 - length)
-            data = torch.empty(size - 8 - length, dtype=torch.uint8)
+            data = _room(path, size - 8 - length)
             if data.numel() and file.readinto(memory_of(data)) != data.numel():
                 raise damaged(path, "it ended while it was being read")
     except OSError as error:
@@ -182,6 +183,14 @@ def pieces_of(tensor: Tensor) -> Iterator[Any]:
 def damaged(path: Path, why: str) -> AdapterFileError:
     """The error for a file that is not what it should be."""
     return AdapterFileError(f"{path} is damaged: {why}. Copy or download it again.")
+
+
+def _room(path: Path, size: int) -> Tensor:
+    """Memory for the data of a file."""
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except RuntimeError as error:  # as torch says that there is none
+        raise MemoryError(f"There is not enough memory for the {size} bytes of {path}.") from error
 
 
 def _header_length(path: Path, first: bytes, size: int) -> int:

@@ -76,14 +76,17 @@ def prepare_patches(name: str, state: AdapterState, model: NativeModel, embeddin
             name, path, method, shape, p, partial(weight.part, place.part)
         )
     patches = Patches(changes, weights)
+    # What lies in the state's own memory is kept by the state, and needs no second object that says so.
+    patches.tensors = _beside(given, patches.tensors)
     more = () if lookup is None else (lookup.A, lookup.B, lookup.gain)
-    return Prepared(given, patches, lookup, _bytes_beside(given, [*patches.tensors, *more]))
+    beside = [*patches.tensors, *_beside(given, more)]
+    return Prepared(given, patches, lookup, sum(tensor.nbytes for tensor in beside))
 
 
-def _bytes_beside(state: AdapterState, kept: Sequence[Tensor | None]) -> int:
-    """Bytes that are kept and are not the state's own."""
+def _beside(state: AdapterState, kept: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those that are not in the state's own memory."""
     own = {tensor.untyped_storage().data_ptr() for _, _, tensor in state.all_tensors()}
-    return sum(t.nbytes for t in kept if t is not None and t.untyped_storage().data_ptr() not in own)
+    return [t for t in kept if t is not None and t.untyped_storage().data_ptr() not in own]
 
 
 def add_to_lookup(x: Tensor, tokens: Tensor, change: Change) -> None:

