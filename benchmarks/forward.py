@@ -44,8 +44,8 @@ def compare(bench: Benchmark, tokens: int, dtype: torch.dtype, rounds: int) -> N
     model = linear_holder(WIDTH, dtype=dtype).requires_grad_(False)
     ours, theirs = both(model, ["q"], training=True, r=RANK, lora_alpha=RANK)
     layers = {BASE: model.q, LORAKIT: ours.q, PEFT: theirs.base_model.model.q}
-    # One weight for all three: where in memory a copy of its own lies makes some hundredths of a difference in the layer's
-    # time, which is as much as is to be measured.
+    # One weight for all three: where in memory a copy of its own lies makes some hundredths of a difference in the
+    # layer's time, which is as much as is to be measured.
     ours.q.weight.data = layers[PEFT].base_layer.weight.data = model.q.weight.data
     torch.manual_seed(2)
     x = torch.randn(1, tokens, WIDTH, dtype=dtype)

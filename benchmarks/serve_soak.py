@@ -156,9 +156,9 @@ class Soak:
                         return
         else:
             try:
-                async with asyncio.timeout(self._draw.random() * 0.3):
-                    await self._client.post("/v1/chat/completions", json=body)
-            except TimeoutError:
+                going = self._client.post("/v1/chat/completions", json=body)
+                await asyncio.wait_for(going, self._draw.random() * 0.3)
+            except asyncio.TimeoutError:  # not the built-in TimeoutError before Python 3.11
                 pass
 
     async def _completion(self) -> None:

@@ -204,6 +204,21 @@ def test_layers_that_do_more_than_add_a_product(change: Any) -> None:
         same(learn(model), expected)
 
 
+def test_whoever_watches_all_modules_sees_every_layer() -> None:
+    model = adapted(model_of("Llama"))
+    expected = learn(model)
+    seen: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module).__name__)
+    )
+    try:
+        with fused_layers(model, packs=True):
+            same(learn(model), expected)
+    finally:
+        handle.remove()
+    assert seen.count("Linear") >= 14
+
+
 def test_padded_batches() -> None:
     model = adapted(model_of("Llama")).eval()
     batch = {

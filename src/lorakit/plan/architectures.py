@@ -134,7 +134,7 @@ def _config(name: str | Path) -> tuple[str, dict[str, Any], str]:
     shipped = architectures()
     known = ALIASES.get(text.lower(), text.lower())
     if isinstance(name, str) and known in shipped:
-        entry = files("lorakit.plan").joinpath("architectures", f"{known}.json")
+        entry = files("lorakit.plan") / "architectures" / f"{known}.json"
         return known, json.loads(entry.read_text(encoding="utf-8")), "a config that lorakit ships"
     path = Path(text).expanduser()
     file = path / "config.json" if path.is_dir() else path

@@ -53,7 +53,8 @@ class Ticket:
 T = TypeVar("T")
 
 
-class Tenant(NamedTuple, Generic[T]):
+@dataclass(frozen=True, slots=True)  # a generic NamedTuple needs Python 3.11
+class Tenant(Generic[T]):
     """Something in memory, as the rules see it."""
 
     content: T

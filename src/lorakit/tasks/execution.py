@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -115,13 +116,13 @@ def run(
 
 def _limit_values(connection: sqlite3.Connection) -> int | None:
     """Keeps a query from building huge strings, where Python can say so (3.11)."""
-    if not hasattr(connection, "setlimit"):
+    if sys.version_info < (3, 11):
         return None
     return connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
 
 
 def _restore_values(connection: sqlite3.Connection, longest: int | None) -> None:
-    if longest is not None:
+    if sys.version_info >= (3, 11) and longest is not None:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest)
 
 

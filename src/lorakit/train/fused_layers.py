@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from lorakit.attach.binding import slots_of
 from lorakit.attach.slot import output_hook
 from lorakit.ops.fused import Reading, document_attention, read, read_gated, rms_norm, swiglu
 from lorakit.ops.native.training import kernels
-from lorakit.train.for_a_while import in_eval_mode, with_forwards
+from lorakit.train.for_a_while import all_watched, in_eval_mode, with_forwards
 from lorakit.train.packing import NAME, pack, packed
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ def _outputs_of(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
 
 def _readings(*layers: nn.Module) -> list[Reading] | None:
     """Layers and the low-rank changes that are all that is done to their outputs; None where something else is."""
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or all_watched():
         return None
     found = [_reading(layer) for layer in layers]
     return None if any(one is None for one in found) else found  # type: ignore[return-value]

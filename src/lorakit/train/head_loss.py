@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
 
 from lorakit.ops.fused import cross_entropy
 from lorakit.ops.native.training import kernels
-from lorakit.train.for_a_while import in_eval_mode
+from lorakit.train.for_a_while import all_watched, in_eval_mode
 from lorakit.train.packing import NAME as PACKED
 from lorakit.train.packing import pack
 
@@ -117,7 +116,7 @@ def _plain(head: nn.Module) -> TypeGuard[nn.Linear]:
         and head.weight.dtype is torch.float32
         and not any(parameter.requires_grad for parameter in head.parameters())
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__)
-        and not _has_any_global_hook()
+        and not all_watched()
         and not torch.is_autocast_enabled("cpu")
     )
 
