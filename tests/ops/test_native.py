@@ -34,8 +34,10 @@ def product() -> Product:
 
 
 @pytest.fixture
-def resolve_again() -> Iterator[None]:
-    """Whatever a test makes of the state, the next one looks for itself."""
+def resolve_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that looks for the library itself, whatever all tests are run with; the next one looks for itself."""
+    monkeypatch.delenv(load.SWITCH, raising=False)
+    load.forget()
     yield
     load.forget()
 
