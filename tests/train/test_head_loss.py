@@ -68,6 +68,34 @@ def test_it_is_the_whole(
         assert head_loss(hidden, model.lm_head, targets).item() == pytest.approx(loss.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("prepare", [plain, adapted])
+def test_nothing_to_learn_is_no_loss(prepare: Callable[[nn.Module], None]) -> None:
+    model = tiny_model()
+    prepare(model)
+    hidden = torch.empty(0, model.lm_head.in_features, requires_grad=True)
+    loss = head_loss(hidden, model.lm_head, torch.empty(0, dtype=torch.long))
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss, [hidden])[0].shape == hidden.shape
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda head, seen: head.register_forward_hook(lambda *_: seen.append("forward")),
+        lambda head, seen: head.register_forward_pre_hook(lambda *_: seen.append("before")),
+        lambda head, seen: head.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ],
+)
+def test_whoever_watches_the_head_sees_it(watch: Callable[[nn.Module, list[str]], object]) -> None:
+    model = tiny_model()
+    plain(model)
+    seen: list[str] = []
+    watch(model.lm_head, seen)
+    hidden = torch.randn(3, model.lm_head.in_features, requires_grad=True)
+    torch.autograd.grad(head_loss(hidden, model.lm_head, torch.zeros(3, dtype=torch.long)), [hidden])
+    assert seen
+
+
 def test_a_head_aside() -> None:
     model = tiny_model().eval()
     lk.attach(model, lk.LoRA(r=3), targets=["lm_head"])

@@ -7,18 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as of_all_modules
-
-
-def all_watched() -> bool:
-    """Whether somebody watches or changes the calls of all modules that there are, by torch's global hooks."""
-    tables = (
-        of_all_modules._global_forward_pre_hooks,
-        of_all_modules._global_forward_hooks,
-        of_all_modules._global_backward_pre_hooks,
-        of_all_modules._global_backward_hooks,
-    )
-    return any(tables)
 
 
 @contextmanager

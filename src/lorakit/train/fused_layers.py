@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.attach.binding import slots_of
+from lorakit.attach.binding import hooked_slots
 from lorakit.attach.slot import output_hook
 from lorakit.ops.fused import Reading, document_attention, read, read_gated, rms_norm, swiglu
 from lorakit.ops.native.training import kernels
-from lorakit.train.for_a_while import all_watched, in_eval_mode, with_forwards
+from lorakit.train.for_a_while import in_eval_mode, with_forwards
 from lorakit.train.packing import NAME, pack, packed
+from lorakit.train.watched import plain_calls, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,31 +181,20 @@ def _outputs_of(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
 
 def _readings(*layers: nn.Module) -> list[Reading] | None:
     """Layers and the low-rank changes that are all that is done to their outputs; None where something else is."""
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or all_watched():
+    if not torch.is_grad_enabled() or not plain_calls():
         return None
     found = [_reading(layer) for layer in layers]
     return None if any(one is None for one in found) else found  # type: ignore[return-value]
 
 
 def _reading(layer: nn.Module) -> Reading | None:
-    slots = slots_of(layer)
-    if (
-        type(layer) is not nn.Linear
-        or len(slots) != 1
-        or slots[0].target.binding != "forward"
-        or _watched(layer)
-    ):
+    slots = hooked_slots(layer)
+    if type(layer) is not nn.Linear or len(slots) != 1 or watched(layer, [output_hook]):
         return None
     factors = slots[0].product_alone()
     if factors is None or not (factors.A.requires_grad and factors.B.requires_grad):
         return None
     return Reading(layer.weight, layer.bias, *factors)
-
-
-def _watched(layer: nn.Module) -> bool:
-    """Whether somebody but its slot sees or changes what goes into a layer or comes out of it."""
-    before = layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(before) or list(layer._forward_hooks.values()) != [output_hook] or "forward" in layer.__dict__
 
 
 def _attention(

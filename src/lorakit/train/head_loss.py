@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,9 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.ops.fused import cross_entropy
 from lorakit.ops.native.training import kernels
-from lorakit.train.for_a_while import all_watched, in_eval_mode
+from lorakit.train.for_a_while import in_eval_mode
 from lorakit.train.packing import NAME as PACKED
 from lorakit.train.packing import pack
+from lorakit.train.watched import plain_calls, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,12 +60,16 @@ class _HeadLoss(torch.autograd.Function):
             (), dtype=torch.float64, device="cpu" if hidden.device.type == "mps" else hidden.device
         )
         gradients = [torch.zeros_like(t) for t in (hidden, *trained)] if learning else []
-        entries = _ENTRIES_AT_ONCE if _plain(head) else _ENTRIES_AT_ONCE // 2
+        in_place = _plain(head)
+        entries = _ENTRIES_AT_ONCE if in_place else _ENTRIES_AT_ONCE // 2
         most = max(1, entries // getattr(head, "out_features", 2**17))
-        rows = math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most)))  # parts of one size
+        rows = (
+            math.ceil(len(hidden) / math.ceil(len(hidden) / most)) if len(hidden) else 1
+        )  # parts of one size
         for begin in range(0, len(hidden), rows):
             some = slice(begin, begin + rows)
-            loss, found = _part(hidden[some], targets[some], head, trained if learning else None)
+            done = _part_in_place(hidden[some], targets[some], head) if in_place and learning else None
+            loss, found = done or _part(hidden[some], targets[some], head, trained if learning else None)
             total += loss.to(total.device)
             if learning:
                 for sum_, gradient in zip([gradients[0][some], *gradients[1:]], found, strict=True):
@@ -84,11 +89,6 @@ def _part(
     hidden: Tensor, targets: Tensor, head: nn.Module, trained: tuple[nn.Parameter, ...] | None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The loss of some rows, and the gradients of ``hidden`` and of what is trained, if that is wanted."""
-    if trained is not None and _plain(head):
-        logits = F.linear(hidden.detach(), head.weight, head.bias)
-        losses = cross_entropy(logits, targets, logits)
-        if losses is not None:
-            return losses.sum(), [logits @ head.weight]
     with torch.set_grad_enabled(trained is not None):
         x = hidden.detach().requires_grad_(trained is not None)
         logits = head(x)
@@ -107,7 +107,14 @@ def _part(
     return loss.detach(), list(torch.autograd.grad(loss, at, allow_unused=True))
 
 
-def _plain(head: nn.Module) -> TypeGuard[nn.Linear]:
+def _part_in_place(hidden: Tensor, targets: Tensor, head: Any) -> tuple[Tensor, list[Tensor | None]] | None:
+    """As `_part` of a `_plain` layer, the gradient of the logits in their place; None where they are not taken."""
+    logits = F.linear(hidden.detach(), head.weight, head.bias)
+    losses = cross_entropy(logits, targets, logits)
+    return None if losses is None else (losses.sum(), [logits @ head.weight])
+
+
+def _plain(head: nn.Module) -> bool:
     """Whether an output layer is a frozen product and nothing more, of numbers that the compiled loss takes."""
     return (
         type(head) is nn.Linear
@@ -115,9 +122,8 @@ def _plain(head: nn.Module) -> TypeGuard[nn.Linear]:
         and head.weight.device.type == "cpu"
         and head.weight.dtype is torch.float32
         and not any(parameter.requires_grad for parameter in head.parameters())
-        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__)
-        and not all_watched()
-        and not torch.is_autocast_enabled("cpu")
+        and not watched(head)
+        and plain_calls()
     )
 
 
