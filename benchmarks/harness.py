@@ -212,6 +212,14 @@ def run_child(benchmark: str, plan: Mapping[str, Any]) -> str:
     return done.stdout
 
 
+def main_or_child(main: Callable[[], object], child: Callable[[dict[str, Any]], object]) -> None:
+    """What a file does that is run: measure what `run_child` asks it for, or everything."""
+    if "--child" in sys.argv:
+        child(json.loads(sys.argv[sys.argv.index("--child") + 1]))
+    else:
+        main()
+
+
 def start(name: str, question: str, argv: Sequence[str] | None = None) -> Benchmark:
     """Read the command line, set the threads, and print the question."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=question)

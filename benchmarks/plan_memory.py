@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import lorakit as lk
-from benchmarks.harness import Aim, Benchmark, start
+from benchmarks.harness import Aim, Benchmark, main_or_child, start
 from lorakit.core import Method, method_from_json
 from lorakit.plan import Run, architecture, plan
 
@@ -220,7 +220,4 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
 
 
 if __name__ == "__main__":
-    if "--child" in sys.argv:
-        child(json.loads(sys.argv[-1]))
-    else:
-        main()
+    main_or_child(main, child)

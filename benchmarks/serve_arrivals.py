@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Benchmark, number, start
+from benchmarks.harness import Benchmark, main_or_child, number, start
 from benchmarks.serving.adapters import base_folder
 from benchmarks.serving.load import facts, make_load
 from benchmarks.serving.sides import (
@@ -26,11 +25,9 @@ from benchmarks.serving.sides import (
     MANY,
     SIDES,
     chosen,
-    folder_of,
+    engine_of,
     in_a_process,
     make_all,
-    make_engine,
-    why_left_out,
 )
 
 MODEL, SECONDS, RATES, ALPHA, CV = "smollm2", 60.0, (0.5, 2.0), 0.3, 1.0
@@ -108,26 +105,19 @@ def _tell(side: str, n: int, row: dict[str, Any]) -> None:
 
 
 def child(plan: dict[str, Any]) -> None:
-    side, model, (n,) = plan["side"], Path(plan["base"]), plan["counts"]
-    reason = why_left_out(side, model, n)
-    if reason is not None:
-        print(json.dumps({"side": side, "adapters": n, "left_out": reason}), flush=True)
-        return
-    engine = make_engine(side, model, folder_of(Path(plan["work"]), n), n, plan["threads"], plan["python"])
-    try:
+    (n,) = plan["counts"]
+    with engine_of(plan, n) as engine:
+        if engine is None:
+            return
         engine.run(make_load(min(n, 2), requests=2, seed=7), 2)
         for rate in plan["rates"]:
             requests = max(1, round(rate * plan["seconds"]))
             asked = make_load(n, "power", requests, alpha=plan["alpha"], rate=rate, cv=plan["cv"])
             began = time.perf_counter()
             engine.run(asked, None)
-            print(json.dumps({"side": side, "adapters": n, "rate": rate, **facts(asked, began)}), flush=True)
-    finally:
-        engine.close()
+            row = {"side": plan["side"], "adapters": n, "rate": rate, **facts(asked, began)}
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    if "--child" in sys.argv:
-        child(json.loads(sys.argv[sys.argv.index("--child") + 1]))
-    else:
-        main()
+    main_or_child(main, child)

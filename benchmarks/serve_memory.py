@@ -11,13 +11,12 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import LORAKIT, Aim, Benchmark, run_child, start
+from benchmarks.harness import LORAKIT, Aim, Benchmark, main_or_child, run_child, start
 from benchmarks.qlora_memory import give_back, resident
 from benchmarks.serving.adapters import base_folder, make_adapters
 from benchmarks.serving.engines import Lorakit
@@ -97,7 +96,4 @@ def child(plan: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if "--child" in sys.argv:
-        child(json.loads(sys.argv[sys.argv.index("--child") + 1]))
-    else:
-        main()
+    main_or_child(main, child)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import LORAKIT, Aim, Benchmark, number, run_child, start
+from benchmarks.harness import LORAKIT, Aim, Benchmark, main_or_child, number, run_child, start
 from benchmarks.serving.adapters import base_folder, make_adapters
 from benchmarks.serving.engines import Lorakit
 from benchmarks.serving.load import facts, make_load
@@ -122,7 +121,4 @@ def child(plan: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if "--child" in sys.argv:
-        child(json.loads(sys.argv[sys.argv.index("--child") + 1]))
-    else:
-        main()
+    main_or_child(main, child)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import LORAKIT, Aim, Benchmark, number, start
+from benchmarks.harness import LORAKIT, Aim, Benchmark, main_or_child, number, start
 from benchmarks.serving.adapters import base_folder
 from benchmarks.serving.sides import (
     COUNTS,
@@ -29,11 +28,9 @@ from benchmarks.serving.sides import (
     PURE,
     SIDES,
     chosen,
-    folder_of,
+    engine_of,
     in_a_process,
     make_all,
-    make_engine,
-    why_left_out,
 )
 from benchmarks.serving.smaller import SMALLER, make_base
 
@@ -178,28 +175,16 @@ def _in_a_process(
 def child(plan: dict[str, Any]) -> None:
     from benchmarks.serving.load import facts, make_load
 
-    side, work, threads = plan["side"], Path(plan["work"]), plan["threads"]
-    model = Path(plan["base"])
     for n in plan["counts"]:
-        reason = why_left_out(side, model, n)
-        if reason is not None:
-            print(json.dumps({"side": side, "adapters": n, "left_out": reason}), flush=True)
-            continue
-        engine = make_engine(side, model, folder_of(work, n), n, threads, plan["python"])
-        try:
-            for popularity in plan["popularities"] if n else ("uniform",):
+        with engine_of(plan, n) as engine:
+            for popularity in [] if engine is None else plan["popularities"] if n else ["uniform"]:
                 engine.run(make_load(min(n, 2), requests=2, seed=7), 2)
-                asked = make_load(n, popularity, plan["requests"])  # type: ignore[arg-type]
+                asked = make_load(n, popularity, plan["requests"])
                 began = time.perf_counter()
                 engine.run(asked, TOGETHER)
-                row = {"side": side, "adapters": n, "popularity": popularity, **facts(asked, began)}
+                row = {"side": plan["side"], "adapters": n, "popularity": popularity, **facts(asked, began)}
                 print(json.dumps(row), flush=True)
-        finally:
-            engine.close()
 
 
 if __name__ == "__main__":
-    if "--child" in sys.argv:
-        child(json.loads(sys.argv[sys.argv.index("--child") + 1]))
-    else:
-        main()
+    main_or_child(main, child)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.harness import Benchmark, run_child, start
+from benchmarks.harness import Benchmark, main_or_child, run_child, start
 from benchmarks.qlora_memory import forget_peak, give_back, resident
 from benchmarks.training.run import MODEL, ends_of_steps, fresh_model, recipe_for
 
@@ -204,7 +203,4 @@ def child(trick: str, targets: str, steps: int, threads: int) -> dict[str, float
 
 
 if __name__ == "__main__":
-    if "--child" in sys.argv:
-        print(json.dumps(child(**json.loads(sys.argv[sys.argv.index("--child") + 1]))))
-    else:
-        main()
+    main_or_child(main, lambda plan: print(json.dumps(child(**plan))))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import LORAKIT, PEFT, Aim, Benchmark, run_child, start
+from benchmarks.harness import LORAKIT, PEFT, Aim, Benchmark, main_or_child, run_child, start
 from benchmarks.qlora_memory import forget_peak, give_back, resident
 from benchmarks.training.run import ALPHA, LR, MODEL, RANK, ROWS, SEED, ends_of_steps, fresh_model, recipe_for
 
@@ -206,7 +205,4 @@ def loss_on(model: Any, tokenizer: Any, rows: Any) -> float:
 
 
 if __name__ == "__main__":
-    if "--child" in sys.argv:
-        print(json.dumps(child(**json.loads(sys.argv[sys.argv.index("--child") + 1]))))
-    else:
-        main()
+    main_or_child(main, lambda plan: print(json.dumps(child(**plan))))

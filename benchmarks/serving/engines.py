@@ -86,6 +86,15 @@ class Lorakit:
         self.server.close()
 
 
+def _base(model: Path) -> Any:
+    """A base under transformers; every answer is as long as was asked for."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+    base.generation_config.eos_token_id = None
+    return base
+
+
 class _Peft:
     """transformers' ``generate`` on static batches of at most 16, the oldest requests first."""
 
@@ -93,11 +102,9 @@ class _Peft:
 
     def __init__(self, model: Path, adapters: Path | None, threads: int, count: int) -> None:
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
-        base.generation_config.eos_token_id = None  # every answer is as long as was asked for
+        base = _base(model)
         self.has_adapters = bool(count)
         if count:
             assert adapters is not None
@@ -185,18 +192,13 @@ class MergedCopies(PeftGroups):
 
     def __init__(self, model: Path, adapters: Path | None, threads: int, count: int) -> None:
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
 
         assert adapters is not None
         torch.set_num_threads(threads)
         self.has_adapters = False  # each copy is a plain model
         self.copies = []
         for i in range(count):
-            base = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, attn_implementation="sdpa"
-            )
-            base.generation_config.eos_token_id = None  # every answer is as long as was asked for
-            merged = PeftModel.from_pretrained(base, adapters / f"a{i:04d}").merge_and_unload()
+            merged = PeftModel.from_pretrained(_base(model), adapters / f"a{i:04d}").merge_and_unload()
             for parameter in merged.parameters():
                 parameter.data = parameter.data.clone()  # its own memory, not the file's pages
             self.copies.append(merged.eval())
@@ -211,15 +213,13 @@ def why_copies_do_not_fit(model: Path, count: int) -> str | None:
     """Why there is no memory for a float32 copy of the base for each adapter; None when there is."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lorakit.train.free_space import memory
+
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     one = sum(parameter.numel() * 4 for parameter in outline.parameters())
-    free = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    if count * one < 0.9 * free:
+    _, free = memory()
+    if not free or count * one < 0.9 * free:  # or nobody knows
         return None
     return (
         f"{count} copies of {one / 1e6:.0f} MB take {count * one / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"
@@ -230,13 +230,9 @@ class ContinuousBatching:
     """transformers' continuous batching; it has no adapters."""
 
     def __init__(self, model: Path, adapters: Path | None, threads: int, count: int) -> None:
-        from transformers import AutoModelForCausalLM
-
         assert count == 0, "transformers' continuous batching has no adapters"
         torch.set_num_threads(threads)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
+        self.model = _base(model).eval()
 
     def run(self, asked: Sequence[Asked], together: int | None) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import LORAKIT
+from benchmarks.harness import LORAKIT, run_child
 from benchmarks.serving.adapters import make_adapters
 
 RANKS = (8, 16, 32, 64)
 COUNTS = (0, 1, 20, 100)
 MANY = 1000
-HERE = Path(__file__).resolve().parent.parent.parent
 PURE, INT8 = "lorakit, transformers' layers", "lorakit int8"
 MIXED, GROUPS, BATCHING = "PEFT, mixed batch", "PEFT, adapter by adapter", "transformers' continuous batching"
 COPIES = "transformers, a merged copy for each adapter"
@@ -45,12 +43,12 @@ def chosen(only: Sequence[str] | None, llamacpp: str | None, vllm: str | None) -
 
 def in_a_process(module: str, plan: dict[str, Any]) -> list[dict[str, Any]]:
     """What ``python -m benchmarks.MODULE --child PLAN`` prints, row by row; a failure is told and gives no rows."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--child", json.dumps(plan)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
-    if done.returncode:
-        print(f"{plan['side']} with {plan['counts']} adapters failed: {done.stderr[-600:]}", flush=True)
+    try:
+        printed = run_child(module, plan)
+    except SystemExit as failure:
+        print(f"{plan['side']} with {plan['counts']} adapters failed: {str(failure)[-600:]}", flush=True)
         return []
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
 def make_engine(
@@ -86,6 +84,26 @@ def why_left_out(side: str, model: Path, count: int) -> str | None:
     from benchmarks.serving.engines import why_copies_do_not_fit
 
     return why_copies_do_not_fit(model, count) if side == COPIES else None
+
+
+@contextmanager
+def engine_of(plan: Mapping[str, Any], count: int) -> Iterator[Any]:
+    """Inside a ``with`` block the engine that a plan asks for, with so many adapters.
+
+    None where this machine cannot run it; why is printed as a row.
+    """
+    side, model = plan["side"], Path(plan["base"])
+    reason = why_left_out(side, model, count)
+    if reason is not None:
+        print(json.dumps({"side": side, "adapters": count, "left_out": reason}), flush=True)
+        yield None
+        return
+    folder = folder_of(Path(plan["work"]), count)
+    engine = make_engine(side, model, folder, count, plan["threads"], plan["python"])
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def folder_of(work: Path, count: int) -> Path | None:
