@@ -39,8 +39,8 @@ void add_rows(const Tensor& y, const Tensor& B, const float* h, int64_t tokens) 
   const Rows onto = Rows::of_transposed(B);
   const int64_t step = row_step(y);
   share(tokens, onto.r * onto.n, [&](int64_t begin, int64_t end) {
-    expand(h + begin * onto.r, onto.r, onto.first, end - begin, onto.n, onto.r, 0, onto.n, true, data<float>(y) + begin * step,
-           step);
+    expand(h + begin * onto.r, onto.r, onto.first, end - begin, onto.n, onto.r, 0, onto.n, true,
+           data<float>(y) + begin * step, step);
   });
 }
 

@@ -149,8 +149,10 @@ template void project(const float*, const float*, int64_t, int64_t, int64_t, int
 template void project(const bfloat16*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
 template void project(const float*, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
 template void project(const float*, const float16*, int64_t, int64_t, int64_t, int64_t, int64_t, float, float*);
-template void expand(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float*, int64_t);
-template void expand(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bfloat16*, int64_t);
+template void expand(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float*,
+                     int64_t);
+template void expand(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bfloat16*,
+                     int64_t);
 template void collect(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float*);
 template void collect(const float*, int64_t, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
                       float*);

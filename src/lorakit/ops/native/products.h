@@ -1,9 +1,9 @@
 // The three products of a low-rank change and of its derivatives, as plain loops: nothing here knows torch or threads.
 //
 // All matrices are row-major, and without gaps but for `Y`, whose rows lie `step` entries apart, and `H`, whose rows lie
-// `h_step` apart. `H` (rows x r) holds one short row for each token, `M` (r x n) is a factor: `A` itself, or `B` transposed. Sums are kept in float32 whatever `X`
-// and `Y` are. What is computed for one row or column never depends on which others are computed with it, nor on how
-// the work is divided.
+// `h_step` apart. `H` (rows x r) holds one short row for each token, `M` (r x n) is a factor: `A` itself, or `B`
+// transposed. Sums are kept in float32 whatever `X` and `Y` are. What is computed for one row or column never depends on
+// which others are computed with it, nor on how the work is divided.
 #pragma once
 
 #include <cstdint>

@@ -99,8 +99,8 @@ constexpr int64_t PARTS = 16;
 // Tokens at a time where they also go through a gate.
 constexpr int64_t GATED_AT_ONCE = TOKENS_AT_ONCE / 2;
 
-// With G = dL/dy: dB = Gᵀ h, dh = scale * G B, dA = dhᵀ x, dx = dh A. The sums of one part go to `sums`, in the order of `results`
-// below: dA, that of the next layer, each dB.
+// With G = dL/dy: dB = Gᵀ h, dh = scale * G B, dA = dhᵀ x, dx = dh A. The sums of one part go to `sums`, in the order of
+// `results` below: dA, that of the next layer, each dB.
 void add_products_back(const Products& p, int64_t begin, int64_t end, float* sums) {
   const int64_t at_once = p.dgated != nullptr ? GATED_AT_ONCE : TOKENS_AT_ONCE;
   thread_local std::vector<float> room, gated_room;
