@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.core import AdapterState
-from lorakit.io import read, why_not_peft, write
+from lorakit.io import Outline, read, why_not_peft, write
 from lorakit.io.model_outline import outline_of
 from lorakit.io.peft_config import DEFAULTS
 from lorakit.methods import DoRA, LoRA
@@ -108,6 +108,23 @@ def test_what_we_write_is_what_peft_reads(name: str, outlined: bool, tmp_path: P
         assert torch.equal(tensor, ours[key]), key
     x = case.input()
     torch.testing.assert_close(_output(again.eval()(x)), _output(model(x)), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*CASES, "transposed"])
+def test_an_outline_is_drawn_only_for_a_file_that_leaves_something_to_the_model(
+    name: str, tmp_path: Path
+) -> None:
+    case = {**CASES, "transposed": TRANSPOSED}[name]
+    save(case, tmp_path)
+    outline, drawn = outline_of(case.base()), []
+
+    def draw() -> Outline:
+        drawn.append(outline)
+        return outline
+
+    assert_equal(read(tmp_path, outline=draw), read(tmp_path, outline=outline))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert bool(drawn) == any(config[key] for key in ("target_parameters", "trainable_token_indices"))
 
 
 @pytest.mark.parametrize("name", CASES)

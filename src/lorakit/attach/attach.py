@@ -37,6 +37,7 @@ from lorakit.errors import (
     TargetError,
     listing,
 )
+from lorakit.targets.counting import base_numel
 
 
 def attach(
@@ -109,11 +110,12 @@ def attach(
     spec = _spec(plan, base, info)
     train = (not isinstance(adapter, AdapterState)) if trainable is None else trainable
     keep_dtype = isinstance(adapter, AdapterState) and dtype is None
-    parameters = {
-        path: _parameters(target, method, tensors[path], dtype, keep_dtype, train)
-        for path, (target, method) in plan.items()
-    }
-    _add_shared(parameters, plan, shared, dtype, keep_dtype, train)
+    with torch.inference_mode(False):
+        parameters = {
+            path: _parameters(target, method, tensors[path], dtype, keep_dtype, train)
+            for path, (target, method) in plan.items()
+        }
+        _add_shared(parameters, plan, shared, dtype, keep_dtype, train)
     companions = companions_of(model, plan)
     check_one_formula(plan, companions)
     # Nothing has been touched so far, and nothing below can fail.
@@ -125,16 +127,13 @@ def attach(
         _freeze(model)
     attached = Attached(spec, {})
     for path, (target, method) in plan.items():
-        attached.slots[path] = _place(attachments, target, name, AdapterParameters(method, parameters[path]))
+        attached.slots[path] = _place(attachments, target, name, method, parameters[path])
     for path, target in companions:
-        method = plan[path][1]
-        attached.companions.append(
-            _place(attachments, target, name, AdapterParameters(method, parameters[path]))
-        )
+        attached.companions.append(_place(attachments, target, name, plan[path][1], parameters[path]))
     attachments.adapters[name] = attached
     if len(attachments.adapters) == 1:
         attachments.routing.set_default(Mix.of(name))
-    return attach_report(model, attachments, name)
+    return attach_report(attachments, name, base_numel(model))
 
 
 def extract(model: nn.Module, name: str = "default") -> AdapterState:
@@ -239,16 +238,13 @@ def _parameters(
     stored = target.stored
     wide = torch.promote_types(stored.dtype, torch.float32) if stored.is_floating_point() else torch.float32
     parameters = {}
-    with torch.inference_mode(False):
-        for key, tensor in tensors.items():
-            value = tensor.detach().to(
-                device=stored.device, dtype=tensor.dtype if keep_dtype else dtype or wide
-            )
-            value = target.arrange(method.roles.get(key, ""), value)
-            # A state stays data: its tensors are never trained through the model. Nor can an inference tensor be.
-            if value.data_ptr() == tensor.data_ptr() or value.is_inference():
-                value = value.clone()
-            parameters[key] = nn.Parameter(value, requires_grad=train and key not in method.frozen)
+    for key, tensor in tensors.items():
+        value = tensor.detach().to(stored.device, tensor.dtype if keep_dtype else dtype or wide)
+        value = target.arrange(method.roles.get(key, ""), value)
+        # A state stays data: its tensors are never trained through the model. Nor can an inference tensor be.
+        if value.data_ptr() == tensor.data_ptr() or value.is_inference():
+            value = value.clone()
+        parameters[key] = nn.Parameter(value, requires_grad=train and key not in method.frozen)
     return parameters
 
 
@@ -303,14 +299,19 @@ def _add_shared(
             parameters[path].update({name: here[name] for name in names})
 
 
-def _place(attachments: Attachments, target: Target, name: str, adapter: AdapterParameters) -> Slot:
+def _place(
+    attachments: Attachments,
+    target: Target,
+    name: str,
+    method: Method,
+    parameters: Mapping[str, nn.Parameter],
+) -> Slot:
     slot = find_slot(target)
     if slot is None:
         slot = make_slot(target, attachments.routing)
         bind(slot)
         attachments.slots.append(slot)
-    adapter.train(target.module.training)
-    slot.put(name, adapter)
+    slot.put(name, AdapterParameters(method, parameters, target.module.training))
     return slot
 
 

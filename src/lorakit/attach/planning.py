@@ -239,9 +239,10 @@ def _check_patterns(method: Method, paths: list[str]) -> None:
 
 def _fits(want: Shape, have: Shape) -> bool:
     """Whether a place has the facts that an adapter was made for; a size of 0 means that its file does not say."""
-    sizes = ((want.out, have.out), (want.in_, have.in_))
-    return all(asked in (0, found) for asked, found in sizes) and (want.batch, want.lookup, want.kernel) == (
-        have.batch,
-        have.lookup,
-        have.kernel,
+    return (
+        want.out in (0, have.out)
+        and want.in_ in (0, have.in_)
+        and want.batch == have.batch
+        and want.lookup == have.lookup
+        and want.kernel == have.kernel
     )

@@ -120,16 +120,17 @@ def report(model: nn.Module) -> ModelReport:
         NotAttachedError: The model carries no adapters.
     """
     attachments = attachments_of(model)
+    base = base_numel(model)
     return ModelReport(
-        tuple(attach_report(model, attachments, name) for name in attachments.adapters),
+        tuple(attach_report(attachments, name, base) for name in attachments.adapters),
         dict(attachments.routing.default.weights),
         dict(attachments.routing.merged.weights),
         tuple(slot.target.path for slot in attachments.slots if not slot.ran),
     )
 
 
-def attach_report(model: nn.Module, attachments: Attachments, name: str) -> AttachReport:
-    """The report on one adapter."""
+def attach_report(attachments: Attachments, name: str, base: int) -> AttachReport:
+    """The report on one adapter, of a model with ``base`` numbers."""
     sites = []
     shared: dict[str, nn.Parameter] = {}
     attached = attachments.adapter(name)
@@ -148,13 +149,12 @@ def attach_report(model: nn.Module, attachments: Attachments, name: str) -> Atta
                 str(slot.target.shape),
                 method.name,
                 getattr(inner, "r", None) if isinstance(inner, LowRankMethod) else None,
-                sum(p.numel() for p in parameters),
-                sum(p.numel() for p in parameters if p.requires_grad),
+                sum([p.numel() for p in parameters]),
+                sum([p.numel() for p in parameters if p.requires_grad]),
                 slot.ran,
                 slot.target.binding,
             )
         )
-    base = base_numel(model)
     return AttachReport(
         name,
         tuple(sites),

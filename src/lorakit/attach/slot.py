@@ -28,10 +28,13 @@ OUTPUT = "output"
 class AdapterParameters(nn.Module):
     """The parameters of one adapter at one target."""
 
-    def __init__(self, method: Method, parameters: Mapping[str, nn.Parameter]) -> None:
+    method: Method
+
+    def __init__(self, method: Method, parameters: Mapping[str, nn.Parameter], training: bool) -> None:
         super().__init__()
-        self.method = method
         self._parameters.update(parameters)
+        # Plain facts: to set them as attributes costs more, for nn.Module looks whether each is a parameter.
+        self.__dict__.update(method=method, training=training)
 
 
 class Slot(nn.Module):
@@ -62,22 +65,14 @@ class Slot(nn.Module):
         """
         if not self.ran and not torch.compiler.is_compiling():
             self.ran = True
-        # This runs for every layer and token, mostly with one adapter and outside any `use`: that way has few calls.
-        target, routing = self.target, self.routing
-        scoped = routing.open_scopes or routing.ran_scoped_with_grad
-        route = routing.current(self.training) if scoped else routing.resting
+        route = self.routing.current(self.training)
         if seen and self._acts(route):
             y = y.clone()
         if y.is_nested:
             return self._nested(route, x, y)
-        if target.part:
+        if self.target.part:
             return self._in_part(route, x, y)
-        if route.only is None:
-            return self._mix(route, x, y) if isinstance(route, Mix) else self._rows(route, x, y)
-        only: Any = self._modules.get(route.only)
-        return (
-            y if only is None else only.method.forward(target, only._parameters, x, y, training=self.training)
-        )
+        return self._mix(route, x, y) if isinstance(route, Mix) else self._rows(route, x, y)
 
     def product_alone(self) -> Factors | None:
         """The low-rank product with the input that is all this slot would add in a call now, if that is so."""
@@ -200,12 +195,25 @@ class Slot(nn.Module):
 
 
 def output_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """The forward hook of an adapted layer; a plain function, so copies and pickles of the model work."""
+    """The forward hook of an adapted layer; a plain function, so copies and pickles of the model work.
+
+    It runs for every layer and token, mostly with one adapter and outside any `use`. That way is written out here: the
+    layer's weight has emptied the caches, and each further function of Python takes a microsecond to come back.
+    """
     x = args[0] if args else next(iter(kwargs.values()))
     # The output may be reused only if nobody else has seen it: no hook that ran before this one, no patched forward.
     first = next(iter(module._forward_hooks))
     patched = bool(_global_forward_hooks) or "forward" in module.__dict__
+    slot: Any
     for slot in module._modules[HOME]._modules.values():  # type: ignore[union-attr]
-        if slot.target.binding == "forward":  # type: ignore[union-attr]
-            output = slot.adapt_output(x, output, patched or first != slot.hook_id)  # type: ignore[operator, union-attr]
+        target, routing = slot.target, slot.routing
+        if target.binding != "forward":
+            continue
+        seen = patched or first != slot.hook_id
+        scoped = routing.open_scopes or routing.ran_scoped_with_grad
+        only = None if scoped or seen or target.part else slot._modules.get(routing.resting.only)
+        if only is None or not slot.ran or output.is_nested:
+            output = slot.adapt_output(x, output, seen)
+        else:
+            output = only.method.forward(target, only._parameters, x, output, training=slot.training)
     return output

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,7 @@ from lorakit.io.peft_families import FAMILIES
 from lorakit.io.peft_families.reader import read_family
 from lorakit.io.peft_form import PeftForm
 from lorakit.io.peft_prompts import PROMPTS, read_prompts
-from lorakit.io.peft_reader import read_peft
+from lorakit.io.peft_reader import asks_the_model, read_peft
 from lorakit.io.peft_start import with_start
 from lorakit.io.peft_writer import to_peft
 from lorakit.io.publish import interrupted, publish
@@ -46,7 +46,7 @@ def read(
     allow_pickle: bool = False,
     ignore: Collection[str] = (),
     prefer: Literal["config", "weights"] | None = None,
-    outline: Outline | None = None,
+    outline: Outline | Callable[[], Outline] | None = None,
     initial: str | os.PathLike[str] | None = None,
 ) -> AdapterState:
     """Read an adapter, PEFT's or our own: strictly, without a model, and from the disk alone.
@@ -59,7 +59,8 @@ def read(
         ignore: Settings from a later version of PEFT to leave out of account.
         prefer: When ``adapter_config.json`` was changed after we saved the weights: believe the ``"config"``
             file, or the copy in the ``"weights"``. By default that is an error.
-        outline: The model's parameters, for what PEFT's files leave to the model.
+        outline: The model's parameters, for what PEFT's files leave to the model; or what draws them up, which is asked
+            only if this file leaves anything to it.
         initial: For a PiSSA, OLoRA, CorDA or LoRA-GA adapter that PEFT saved without converting it: the directory of
             the same adapter as it was saved before training. The result is for the stock base.
 
@@ -77,6 +78,8 @@ def read(
             if initial is not None:
                 raise AdapterFileError("It is in lorakit's own form, which holds its start: pass no initial.")
             return read_native(config, tensors)
+        if outline is not None and not isinstance(outline, Outline):
+            outline = outline() if initial is not None or _asks_the_model(config) else None
         if initial is None:
             state = _read_type(config, tensors, embedded, outline, ignore)
         else:
@@ -107,6 +110,11 @@ def _read_type(
         return read_family(FAMILIES[kind], config, tensors, embedded=embedded, outline=outline, ignore=ignore)
     reader = read_prompts if kind in PROMPTS else read_peft
     return reader(config, tensors, embedded=embedded, outline=outline, ignore=ignore)
+
+
+def _asks_the_model(config: Mapping[str, Any]) -> bool:
+    """Whether a file of PEFT's leaves something to the model."""
+    return _type(config) in FAMILIES or _type(config) in PROMPTS or asks_the_model(config)
 
 
 def _type(config: Mapping[str, Any]) -> str:

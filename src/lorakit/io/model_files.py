@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -104,7 +105,7 @@ def load(
         allow_pickle=allow_pickle,
         ignore=ignore,
         prefer=prefer,
-        outline=outline_of(model),
+        outline=partial(outline_of, model),
         initial=initial,
     )
 

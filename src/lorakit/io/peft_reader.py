@@ -63,6 +63,11 @@ def read_peft(
     return AdapterState(spec, reader.tensors)
 
 
+def asks_the_model(raw: Mapping[str, Any]) -> bool:
+    """Whether `read_peft` would look at an outline: for the order of bare parameters, for the size of a table."""
+    return bool(raw.get("target_parameters") or raw.get("trainable_token_indices"))
+
+
 class _Reader(Complaints):
     """Collects targets, and everything that is wrong, so that one error can tell it all."""
 
@@ -109,26 +114,19 @@ class _Reader(Complaints):
         shape = self._parameter_shape(site, A, B, r) if rule is PARAMETER else rule.shape(A, B)
         if shape is None:
             return
-        sizes = method.shapes(_swap(shape) if site.transposed else shape)
-        want = rule.sizes(sizes, _swap(shape) if site.transposed else shape)
-        self.missing += [f"{site.start}.{rule.keys[name]}" for name in sizes if name not in have]
-        self.unexpected += [found.key for name, found in have.items() if name not in sizes]
-        wrong = [
-            f"{have[name].key} is {tuple(have[name].tensor.shape)}, not {size}"
-            for name, size in want.items()
-            if name in have and tuple(have[name].tensor.shape) != size
-        ]
-        if wrong:
-            self.misshaped += [f"{text} (by the configuration r={r} there)" for text in wrong]
-        elif set(have) == set(sizes):
-            values = {
-                name: rule.from_file(name, floating(have[name].key, have[name].tensor), size)
-                for name, size in sizes.items()
-            }
-            if site.transposed:
-                values["lora_A"], values["lora_B"] = transposed_pair(values["lora_A"], values["lora_B"])
-                self.transposed.append(site.path)
-            self._put(site.path, method, shape, values, have["lora_A"].key)
+        in_file = _swap(shape) if site.transposed else shape
+        sizes = method.shapes(in_file)
+        remark = f" (by the configuration r={r} there)"
+        if not self.fits(site.start, rule.sizes(sizes, in_file), have, remark, rule.keys):
+            return
+        values = {
+            name: rule.from_file(name, floating(have[name].key, have[name].tensor), size)
+            for name, size in sizes.items()
+        }
+        if site.transposed:
+            values["lora_A"], values["lora_B"] = transposed_pair(values["lora_A"], values["lora_B"])
+            self.transposed.append(site.path)
+        self._put(site.path, method, shape, values, have["lora_A"].key)
 
     def whole(self, path: str, method: Method, shape: Shape, name: str, found: Found) -> None:
         """A target with one tensor that stands in for what the model has."""

@@ -27,7 +27,7 @@ _FACTORS = {
 
 
 def _reshape(name: str, tensor: Tensor, size: tuple[int, ...]) -> Tensor:
-    return tensor.reshape(size)
+    return tensor if tensor.shape == size else tensor.reshape(size)
 
 
 def _same(sizes: Mapping[str, tuple[int, ...]], shape: Shape) -> Sizes:

@@ -55,6 +55,8 @@ def unwrapped(path: str, wrappers: Collection[str]) -> tuple[str, int]:
 
     A ``base_layer`` is PEFT's only where it follows the path of a wrapped module; a model may have its own.
     """
+    if "base_layer" not in path:
+        return path, 0
     own: list[str] = []
     so_far, trailing = "", 0
     for part in path.split("."):
@@ -195,7 +197,7 @@ class Patterns:
     """
 
     def __init__(self, pattern: Mapping[str, Any], default: Any) -> None:
-        self._default = default
+        self._default, self._any = default, bool(pattern)
         self._whole, self._endings = _Names(), _Names()
         self._expressions: list[tuple[int, str, Expression, Any]] = []
         for place, (key, value) in enumerate(pattern.items()):
@@ -206,6 +208,8 @@ class Patterns:
                 self._expressions.append((place, key, Expression(key, ending=True), value))
 
     def __getitem__(self, path: str) -> Any:
+        if not self._any:
+            return self._default
         hits = [*self._whole.of(path, endings=False), *self._endings.of(path, endings=True)]
         place, value = min(hits, key=lambda hit: hit[0], default=(None, self._default))
         for at, key, known, other in self._expressions:

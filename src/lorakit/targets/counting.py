@@ -11,10 +11,16 @@ from lorakit.targets.quantized import packed_weight, quantized_storage
 
 def base_numel(model: nn.Module) -> int:
     """Numbers in the base, tied ones once: for a quantised weight those of the matrix, not of the packed bytes."""
-    shown = sum(matrix_numel(p) for _, p in base_parameters(model))
-    return shown + sum(
-        packed_weight(m).numel for _, m in base_modules(model) if quantized_storage(m) is not None
-    )
+    numbers = 0
+    seen: set[int] = set()
+    for _, module in base_modules(model):
+        if quantized_storage(module) is not None:
+            numbers += packed_weight(module).numel
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                numbers += matrix_numel(parameter)
+    return numbers
 
 
 def base_bytes(model: nn.Module) -> int:
