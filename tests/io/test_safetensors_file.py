@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,3 +247,18 @@ def test_no_memory_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(MemoryError, match=r"12 bytes of .*small"):
         load_tensors(tmp_path / "small")
+
+
+def test_a_large_file_lies_in_large_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = {"A": torch.randn(1 << 20), "B": torch.randn(3 << 18).bfloat16()}
+    path = write(tmp_path / "large", large, {"format": "pt"})
+    found = load_tensors(path)[0]
+    assert all(torch.equal(found[name], tensor) for name, tensor in large.items())
+    assert found["A"].untyped_storage().data_ptr() % mmap.PAGESIZE == 0  # a mapping of its own
+
+    def refuse(*sizes: Any, **settings: Any) -> mmap.mmap:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match=r"bytes of .*large"):
+        load_tensors(path)

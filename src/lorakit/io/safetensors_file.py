@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError, listing
+from lorakit.ops.native.pages import room
 
 MOST_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 _NAMES = {
@@ -192,10 +193,10 @@ def damaged(path: Path, why: str) -> AdapterFileError:
 
 
 def _room(path: Path, size: int) -> Tensor:
-    """Memory for the data of a file."""
+    """Memory for the data of a file, in large pages where that is worth it: a server reads it with every token."""
     try:
-        return torch.empty(size, dtype=torch.uint8)
-    except RuntimeError as error:  # as torch says that there is none
+        return room(size)
+    except (RuntimeError, OSError) as error:  # as torch and the system say that there is none
         raise MemoryError(f"There is not enough memory for the {size} bytes of {path}.") from error
 
 
