@@ -105,6 +105,9 @@ def packed(model: PreTrainedModel) -> Iterator[None]:
     """
     from transformers import AttentionInterface
 
+    if model.config._attn_implementation == NAME:  # inside another such block: the walk below takes its time
+        yield
+        return
     AttentionInterface.register(NAME, packed_attention)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs]

@@ -34,6 +34,11 @@ inline void rotate_back(float* head, const float* cos, const float* sin, int64_t
   }
 }
 
+// Of `n` entries, whole vectors of them: too few to be worth a call.
+INLINE void copy_head(const float* from, int64_t n, float* to) {
+  for (int64_t k = 0; k < n; k += WIDTH) store(to + k, load(from + k));
+}
+
 // Put a row where it belongs among blocks of WIDTH rows, each block (n, WIDTH).
 inline void put_in_block(const float* row, int64_t n, int64_t number, float* blocks) {
   float* to = blocks + number / WIDTH * WIDTH * n + number % WIDTH;

@@ -221,12 +221,12 @@ struct Part {
   int64_t key_at(int64_t t) const { return ((begin + t) * a.kv_heads + head) * a.n; }
 
   void turned_query(int64_t query, float* to) const {
-    std::copy_n(a.q + at(query), a.n, to);
+    copy_head(a.q + at(query), a.n, to);
     rotate(to, a.cos + token(query) * a.n, a.sin + token(query) * a.n, a.n, static_cast<float>(a.scale));
   }
 
   void turned_key(int64_t t, float* to) const {
-    std::copy_n(a.k + key_at(t), a.n, to);
+    copy_head(a.k + key_at(t), a.n, to);
     rotate(to, a.cos + (begin + t) * a.n, a.sin + (begin + t) * a.n, a.n, 1.f);
   }
 };
@@ -314,7 +314,7 @@ void attend_back(const Part& part, Scratch& scratch) {
         const int64_t query = first + tile + i;
         float *q = queries + (tile + i) * n, *g = dy + (tile + i) * n;
         part.turned_query(query, q);
-        std::copy_n(a.dy + part.at(query), n, g);
+        copy_head(a.dy + part.at(query), n, g);
         Vector sums{};
         for (int64_t c = 0; c < n; c += WIDTH) sums += load(g + c) * load(a.y + part.at(query) + c);
         inner[i] = sum_of(sums);
@@ -350,8 +350,8 @@ void attend_back(const Part& part, Scratch& scratch) {
   for (int64_t t = 0; t < part.length; ++t) {
     const int64_t token = part.begin + t;
     rotate_back(dk + t * n, a.cos + token * n, a.sin + token * n, n, 1.f);
-    std::copy_n(dk + t * n, n, a.dk + part.key_at(t));
-    std::copy_n(dv + t * n, n, a.dv + part.key_at(t));
+    copy_head(dk + t * n, n, a.dk + part.key_at(t));
+    copy_head(dv + t * n, n, a.dv + part.key_at(t));
   }
 }
 
