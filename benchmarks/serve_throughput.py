@@ -21,6 +21,7 @@ from benchmarks.harness import LORAKIT, Aim, Benchmark, main_or_child, number, s
 from benchmarks.serving.adapters import base_folder
 from benchmarks.serving.sides import (
     COUNTS,
+    HALVES,
     IN_PYTHON,
     INT8,
     MANY,
@@ -119,13 +120,17 @@ def report(
         ours = found[LORAKIT, "uniform"]
         for n in sorted(ours):
             if n and 0 in ours:
-                tax = [
-                    100 * (1 - a["tokens_per_second"] / b["tokens_per_second"])
-                    for a, b in zip(ours[n], ours[0], strict=True)
-                ]
+                taxes = {
+                    side: [
+                        100 * (1 - a["tokens_per_second"] / b["tokens_per_second"])
+                        for a, b in zip(found[side, "uniform"][n], ours[0], strict=True)
+                    ]
+                    for side in (LORAKIT, HALVES)
+                    if n in found.get((side, "uniform"), {})
+                }
                 bench.add(
                     f"{of}tax of {n} adapters",
-                    {LORAKIT: tax},
+                    taxes,
                     unit="%",
                     ratio=None,
                     aim=Aim(LORAKIT, "<=", 10.0),
@@ -161,7 +166,7 @@ def _in_a_process(
 ) -> list[dict[str, Any]]:
     """Rows of one side. Those that hold all adapters at once load as many as they are asked for, and no more."""
     rows: list[dict[str, Any]] = []
-    groups = [list(counts)] if side in (LORAKIT, INT8, PURE) else [[n] for n in counts]
+    groups = [list(counts)] if side in (LORAKIT, INT8, HALVES, PURE) else [[n] for n in counts]
     for group in groups:
         plan = {
             "side": side, "base": str(base), "counts": group, "work": str(work), "threads": bench.threads,

@@ -18,7 +18,7 @@ def base_folder(name: str) -> Path:
     return path
 
 
-def make_adapters(folder: Path, base: str, ranks: Sequence[int], count: int) -> None:
+def make_adapters(folder: Path, base: str, ranks: Sequence[int], count: int, dtype: str = "float32") -> None:
     """Make ``a0000``, ``a0001``, ... in a folder, as far as they are not there, with the ranks in turn."""
     from transformers import AutoConfig
 
@@ -26,10 +26,10 @@ def make_adapters(folder: Path, base: str, ranks: Sequence[int], count: int) -> 
     for i in range(count):
         place = folder / f"a{i:04d}"
         if not (place / "adapter_model.safetensors").exists():
-            _make_adapter(place, config, ranks[i % len(ranks)], i, base)
+            _make_adapter(place, config, ranks[i % len(ranks)], i, base, dtype)
 
 
-def _make_adapter(place: Path, config: Any, r: int, seed: int, base: str) -> None:
+def _make_adapter(place: Path, config: Any, r: int, seed: int, base: str, dtype: str) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -45,6 +45,7 @@ def _make_adapter(place: Path, config: Any, r: int, seed: int, base: str) -> Non
             path = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             tensors[f"{path}.lora_A.weight"] = (torch.rand(r, n, generator=draw) * 2 - 1) / math.sqrt(n)
             tensors[f"{path}.lora_B.weight"] = torch.randn(out, r, generator=draw) * 0.02
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r, "lora_dropout": 0.0, "bias": "none",

