@@ -106,10 +106,10 @@ MOMENTS = {
     "before the exchange": (True, folders, "exchange", 1, False),
     "after the exchange": (True, folders, "exchange", 1, True),
     "while the old is removed": (True, os, "unlink", 1, True),
-    "before the first rename": (False, os, "rename", 1, False),
-    "after the first rename": (False, os, "rename", 1, True),
-    "before the second rename": (False, os, "rename", 2, False),
-    "after the second rename": (False, os, "rename", 2, True),
+    "before the first rename": (False, Path, "rename", 1, False),
+    "after the first rename": (False, Path, "rename", 1, True),
+    "before the second rename": (False, Path, "rename", 2, False),
+    "after the second rename": (False, Path, "rename", 2, True),
     "while the renamed is removed": (False, os, "unlink", 1, True),
 }
 
@@ -194,7 +194,7 @@ def test_a_damaged_folder_of_the_cache_is_replaced(tmp_path: Path, swaps: bool) 
     def rebuild() -> None:
         if not swaps:
             folders.exchange = lambda one, other: False
-            killing(os, "rename", 1, after=True)
+            killing(Path, "rename", 1, after=True)
         else:
             killing(folders, "exchange", 1)
         with building(place, source) as work:

@@ -58,7 +58,29 @@ def test_the_peak_grows_with_batch_and_length_and_shrinks_with_checkpointing(con
     assert plain < wider <= longer * 1.05
     assert step(2, 32, checkpointing=True).peak < 0.6 * plain
     assert step(2, 32, learnt=0.25).peak < plain
-    assert step(4, 32, packing=True).peak == pytest.approx(wider, rel=0.1)  # the pieces are put together
+    packed = step(4, 32, packing=True).peak  # keys and values are repeated, and the pieces put together
+    assert wider < packed < 1.15 * wider
+
+
+def test_padding_takes_a_mask_and_repeated_keys(config: Path) -> None:
+    step = rehearsal(config).train_step
+    full, padded = step(4, 32), step(4, 32, padded=True)
+    mask = 4 * 32 * 32 * 4  # rows, queries, keys, bytes: kept by each of the layers
+    repeated = 2 * 4 * 32 * 16 * 4  # keys and values, rows, tokens, the two heads that are missing, bytes
+    assert padded.kept - full.kept == pytest.approx(3 * (mask + repeated), rel=0.1)
+
+
+def test_logits_that_are_made_and_not_learnt_are_part_of_the_peak(config: Path) -> None:
+    config.write_text(json.dumps({**CONFIG, "vocab_size": 4096}))
+    step = rehearsal(config).train_step
+    few, more = (step(4, 64, learnt=0.1, selected=share).peak for share in (None, 0.9))
+    assert few < more < step(4, 64).peak
+
+
+def test_dropped_probabilities_of_packed_rows_are_those_of_the_documents(config: Path) -> None:
+    config.write_text(json.dumps({**CONFIG, "attention_dropout": 0.1}))
+    step = rehearsal(config).train_step
+    assert step(4, 32, packing=True).kept == pytest.approx(step(4, 32).kept, rel=0.1)
 
 
 def test_gradients_that_stay_are_part_of_the_peak(config: Path) -> None:
@@ -113,7 +135,10 @@ def test_four_bits_take_less(config: Path) -> None:
 
 
 def test_refusals(config: Path) -> None:
-    for wrong in ({"batch": 0}, {"length": True}, {"learnt": 0.0}, {"device": "tpu"}, {"dtype": "int3"}):
+    for wrong in (
+        {"batch": 0}, {"length": True}, {"learnt": 0.0}, {"device": "tpu"}, {"dtype": "int3"},
+        {"selected": 2.0}, {"written": 0}, {"padded": True, "packing": True},
+    ):  # fmt: skip
         with pytest.raises(ConfigError):
             Run(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="128"):

@@ -77,7 +77,7 @@ def test_terms_and_advice_follow_the_plan(recipe: MakeRecipe) -> None:
     assert planned.training is not None
     assert sum(sizes) == planned.training.total
     lines = advice(planned)
-    assert any(line.startswith("train.batch_rows: 2 with train.accumulation: 2") for line in lines)
+    assert any(line.startswith("half of train.batch_rows with train.accumulation: 2") for line in lines)
     checkpointed = estimate(recipe(activation_checkpointing=True, batch_rows=1)).plan
     assert not any(
         "activation_checkpointing" in line or "batch_rows" in line for line in advice(checkpointed)

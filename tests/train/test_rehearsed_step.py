@@ -110,9 +110,8 @@ def test_what_a_recipe_asks_for(recipe: Callable[..., Recipe]) -> None:
         return compiled_step(task_of(recipe(**settings)), run)
 
     cpu, cuda = (Run(device=device, packing=True) for device in ("cpu", "cuda"))
-    assert form(cpu) == CompiledStep(kernels() is not None, in_parts=True)
-    assert form(cpu, fused=False) == form(cuda) == CompiledStep(compiled=False, in_parts=True)
-    assert form(Run(device="cpu")) is None
-    assert form(Run(device="cpu", dtype="bfloat16", packing=True)) == CompiledStep(
-        compiled=False, in_parts=True
-    )
+    built = kernels() is not None
+    plain = CompiledStep(compiled=False, in_parts=True, native=False)
+    assert form(cpu) == form(Run(device="cpu", padded=True)) == CompiledStep(built, True, built)
+    assert form(cpu, fused=False) == CompiledStep(compiled=False, in_parts=True, native=built)
+    assert form(cuda) == form(Run(device="cpu", dtype="bfloat16", packing=True)) == plain

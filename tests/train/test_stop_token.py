@@ -8,6 +8,7 @@ import torch
 import lorakit as lk
 from lorakit.models import load_model, load_tokenizer
 from lorakit.train.stop_token import stop_token_warning
+from tests.peak_bytes import peak_bytes
 from tests.tiny_chat import tiny_model, tiny_tokenizer
 
 
@@ -34,6 +35,17 @@ def test_twins_are_counted_and_the_way_out_is_told() -> None:
 @pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens", "q_proj"]])
 def test_who_adapts_the_head_or_the_embedding_is_not_warned(targets: list[str]) -> None:
     assert warning(3, targets=targets) is None
+
+
+def test_no_copy_of_the_output_layer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.train.stop_token._ROWS_AT_ONCE", 50)
+    model = tiny_model()
+    lk.attach(model, lk.LoRA(r=2))
+    whole = model.lm_head.weight.numel() * 4
+    assert peak_bytes(lambda: stop_token_warning(model, tiny_tokenizer(), 2, "default")) < whole / 2
+    told = warning(3)
+    assert told is not None
+    assert "3 other tokens" in told
 
 
 @pytest.mark.model

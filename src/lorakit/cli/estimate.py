@@ -53,7 +53,7 @@ def _say(found: Estimate) -> None:
         ("adapter's file", size(planned.file_bytes(planned.run.adapter_dtype))),
         (
             "largest batch",
-            f"{shape.rows:,} rows, {shape.rows * shape.length:,} tokens{', packed' if shape.packed else ''}",
+            f"{shape.rows:,} rows, {shape.size:,} tokens{', packed' if shape.packed else ''}",
         ),
     ]
     if shape.tokens is not None and shape.steps is not None:

@@ -14,8 +14,9 @@ from lorakit.core.selection import Selector
 from lorakit.errors import ConfigError
 from lorakit.plan.architectures import Architecture, PlanTask, architecture
 from lorakit.plan.counting import Counts, count
+from lorakit.plan.device_kernels import Device
 from lorakit.plan.memory import Weights, adapter_bytes, dtype_called, weights
-from lorakit.plan.rehearsal import Device, Rehearsal, Step, StepForm
+from lorakit.plan.rehearsal import Rehearsal, Step, StepForm
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Run:
         learnt: The share of positions whose logits the loss needs: the answers in a prompt with answer.
         accumulation: Micro-batches for one optimizer step: with more than one, gradients stay while the next one runs.
         adapters: How many adapters are in memory in inference.
+        selected: The share of positions that have logits, where a model can leave some out; None for ``learnt``. In
+            padded rows a position that is learnt in one of them has logits in all.
+        padded: Whether rows of unlike lengths are filled up to the longest, which takes a mask in every attention.
+        written: Tokens that an encoder-decoder writes in a row; None for as many as it reads.
 
     Raises:
         ConfigError: A value makes no sense.
@@ -50,14 +55,23 @@ class Run:
     learnt: float = 1.0
     accumulation: int = 1
     adapters: int = 1
+    selected: float | None = None
+    padded: bool = False
+    written: int | None = None
 
     def __post_init__(self) -> None:
         for what, least in (("batch", 1), ("length", 1), ("accumulation", 1), ("adapters", 0)):
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{what} must be a whole number of at least {least}; got {value!r}.")
-        if not 0 < self.learnt <= 1:
-            raise ConfigError(f"learnt is a share between 0 and 1; got {self.learnt!r}.")
+        if self.written is not None and self.written < 1:
+            raise ConfigError(f"written must be a whole number of at least 1; got {self.written!r}.")
+        if self.padded and self.packing:
+            raise ConfigError("A batch is packed or padded; both were asked for.")
+        for what in ("learnt", "selected"):
+            share = getattr(self, what)
+            if share is not None and not 0 < share <= 1:
+                raise ConfigError(f"{what} is a share between 0 and 1; got {share!r}.")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device must be 'cpu' or 'cuda'; got {self.device!r}.")
         dtype_called(self.base_dtype)
@@ -212,10 +226,9 @@ def plan(
     """
     run = run or Run()
     base = model if isinstance(model, Architecture) else architecture(model, task=task, num_labels=num_labels)
-    if base.longest is not None and run.length > base.longest:
-        raise ConfigError(
-            f"{base.name} has positions for {base.longest:,} tokens, and length={run.length:,}."
-        )
+    longest = max(run.length, run.written or 0)
+    if base.longest is not None and longest > base.longest:
+        raise ConfigError(f"{base.name} has positions for {base.longest:,} tokens, and length={longest:,}.")
     counts = count(base.model, method, targets, exclude)
     held = weights(base.model, dtype_called(run.base_dtype), run.storage)
     training = inference = None
@@ -248,6 +261,9 @@ def train_step(rehearsal: Rehearsal, run: Run, form: StepForm | None = None) -> 
         checkpointing=run.checkpointing,
         packing=run.packing,
         learnt=run.learnt,
+        selected=run.selected,
+        padded=run.padded,
+        written=run.written,
         accumulating=run.accumulation > 1,
         form=form,
     )
@@ -296,7 +312,7 @@ def assumptions(base: Architecture, run: Run) -> tuple[str, ...]:
             "a table of layers has no forward pass: activations are not known, only what is counted",
         )
     listed += [
-        rows + (", and of an encoder-decoder as many on the other side" if _two_sided(base) else ""),
+        rows + (_other_side(run) if _two_sided(base) else ""),
         f"the loss needs the logits of {run.learnt:.0%} of the positions",
         "a step is rehearsed on the meta device with transformers' own code: attention that keeps no probabilities "
         + (
@@ -315,6 +331,11 @@ def assumptions(base: Architecture, run: Run) -> tuple[str, ...]:
         + ", and what a method keeps beside its parameters in training (AdaLoRA's importance scores)",
     ]
     return tuple(listed)
+
+
+def _other_side(run: Run) -> str:
+    many = "as many" if run.written is None else f"{run.written:,} a row"
+    return f", and of an encoder-decoder {many} on the other side"
 
 
 def _two_sided(base: Architecture) -> bool:

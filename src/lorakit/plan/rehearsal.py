@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lorakit.attach import attach, checkpoint_contexts, detach
 from lorakit.core.adapter import AdapterState, shared_shapes
 from lorakit.core.method import Method
 from lorakit.errors import ConfigError
 from lorakit.plan.counting import Counts
-
-Device = Literal["cpu", "cuda"]
+from lorakit.plan.device_kernels import Device, DeviceKernels
+from lorakit.plan.live_bytes import LiveBytes
 
 _META = torch.device("meta")
 
@@ -53,108 +49,8 @@ class StepForm(Protocol):
     def during(self, model: nn.Module, documents: int, length: int) -> AbstractContextManager[None]:
         """What the passes run in; ``documents`` of ``length`` tokens lie in a row."""
 
-    def loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The loss of a batch; None for that of the model's whole logits."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that come to be inside the block, until they are freed.
-
-    Attributes:
-        live: Bytes alive now.
-        peak: The most there were.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: dict[int, object] = {}
-
-    def ignore(self, tensor: Tensor) -> None:
-        """Leave out a tensor that was there before; the caller keeps it alive."""
-        storage = tensor.untyped_storage()
-        self._seen[storage._cdata] = storage
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # Asked of a mask: is all of it set? Rows are rehearsed without padding, so it is.
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.is_meta:
-                self._watch(value)
-        return result
-
-    def _watch(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-
-        def freed(_: object) -> None:
-            self.live -= size
-            self._seen.pop(key, None)
-
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        self._seen[key] = weakref.ref(storage, freed)
-
-
-class _Kernels(TorchFunctionMode):
-    """Chooses the kernels that the real device would choose: the meta device has none of its own."""
-
-    def __init__(self, device: Device, documents: int) -> None:
-        super().__init__()
-        self.device, self.documents = device, documents
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func is F.dropout and self.device == "cuda":
-            return _dropout(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        masked = attn_mask is not None and attn_mask.requires_grad
-        if query.dim() != 4 or masked or (dropout_p and self.device == "cpu"):
-            return F.scaled_dot_product_attention(  # by plain products, which keep the probabilities
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        if attn_mask is not None and attn_mask.dtype is torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-        if self.documents > 1 and query.shape[0] == 1 and query.shape[2] % self.documents == 0:
-            pieces = zip(*(t.chunk(self.documents, dim=2) for t in (query, key, value)), strict=True)
-            return torch.cat([_flash(q, k, v, None, is_causal, scale) for q, k, v in pieces], dim=2)
-        return _flash(query, key, value, attn_mask, is_causal, scale)
-
-
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-) -> Tensor:
-    """Attention that keeps queries, keys, values, output, and a number for each row of scores."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    result: tuple[Tensor, Tensor] = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-    return result[0]
-
-
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """With a mask of a byte a number, as CUDA keeps it; the CPU keeps one of the input's dtype."""
-    return torch.native_dropout(input, p, True)[0] if training and p else input
+    def loss(self, model: nn.Module, inputs: Mapping[str, Any], learnt: int) -> Tensor | None:
+        """The loss of a batch, of which some tokens are learnt; None for that of the model's whole logits."""
 
 
 class Rehearsal:
@@ -193,6 +89,9 @@ class Rehearsal:
         checkpointing: bool = False,
         packing: bool = False,
         learnt: float = 1.0,
+        selected: float | None = None,
+        padded: bool = False,
+        written: int | None = None,
         accumulating: bool = False,
         form: StepForm | None = None,
     ) -> Step:
@@ -200,10 +99,13 @@ class Rehearsal:
 
         Args:
             batch: Rows; of images, images.
-            length: Tokens in each; of an encoder-decoder, on each side.
+            length: Tokens in each; of an encoder-decoder, those that it reads.
             checkpointing: Whether each layer's activations are computed again in backward.
             packing: Whether the rows lie in one row, with attention inside each.
             learnt: The share of positions that the loss needs.
+            selected: The share of positions that have logits, where the model can leave some out; None for ``learnt``.
+            padded: Whether rows are filled up to the longest, so that attention has a mask.
+            written: Tokens that an encoder-decoder writes in each row; None for as many as it reads.
             accumulating: Whether gradients of an earlier batch are there (they are part of the peak in any case).
             form: How it is computed where that is not the model's own code alone.
         """
@@ -212,15 +114,18 @@ class Rehearsal:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         there = sum(p.numel() * p.element_size() for p in trained)
-        _checkpoint(self.model, checkpointing, _Kernels(self.device, batch if packing else 1))
-        inputs = self._inputs(batch, length, packing, learnt)
+        _checkpoint(self.model, checkpointing, DeviceKernels(self.device, batch if packing else 1))
+        inputs = self._inputs(
+            batch, length, packing, learnt if selected is None else selected, padded=padded, written=written
+        )
+        number = max(1, round(learnt * inputs.get("decoder_input_ids", next(iter(inputs.values()))).numel()))
         try:
             documents = batch if packing else 1
             around = nullcontext() if form is None else form.during(self.model, documents, length)
-            with self.routed(length if packing else 1), around, self._counting(documents) as live:
-                loss = None if form is None else form.loss(self.model, inputs)
+            with self.routed(length if packing else 1), around, self._counting(documents, padded) as live:
+                loss = None if form is None else form.loss(self.model, inputs, number)
                 if loss is None:
-                    loss = _loss(self.model(**inputs))
+                    loss = _loss(self.model(**inputs), number)
                 kept = live.live
                 loss.backward()
                 peak = live.peak
@@ -258,16 +163,25 @@ class Rehearsal:
         return Step(peak, kept)
 
     @contextmanager
-    def _counting(self, documents: int) -> Iterator[LiveBytes]:
-        live = LiveBytes()
+    def _counting(self, documents: int, padded: bool = False) -> Iterator[LiveBytes]:
+        live = LiveBytes(padded)
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             live.ignore(tensor)
             if tensor.grad is not None:
                 live.ignore(tensor.grad)
-        with _Kernels(self.device, documents), live:
+        with DeviceKernels(self.device, documents), live:
             yield live
 
-    def _inputs(self, batch: int, length: int, packing: bool, learnt: float) -> dict[str, Any]:
+    def _inputs(
+        self,
+        batch: int,
+        length: int,
+        packing: bool,
+        selected: float,
+        *,
+        padded: bool = False,
+        written: int | None = None,
+    ) -> dict[str, Any]:
         config = getattr(self.model, "config", None)
         if getattr(self.model, "main_input_name", "input_ids") == "pixel_values":
             side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]  # type: ignore[union-attr]
@@ -277,11 +191,13 @@ class Rehearsal:
         ids = torch.empty((rows, tokens), dtype=torch.long, device=_META)
         inputs: dict[str, Any] = {"input_ids": ids}
         if getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = torch.empty_like(ids)
+            inputs["decoder_input_ids"] = ids.new_empty((rows, written or tokens))
+        if padded and _takes(self.model, "attention_mask"):
+            inputs["attention_mask"] = torch.empty_like(ids)
         if _takes(self.model, "use_cache"):
             inputs["use_cache"] = False
         if _takes(self.model, "logits_to_keep"):
-            needed = max(1, round(tokens * learnt))
+            needed = max(1, round(tokens * selected))
             inputs["logits_to_keep"] = torch.empty(needed, dtype=torch.long, device=_META)
         return inputs
 
@@ -290,13 +206,24 @@ def _takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(type(model).forward).parameters
 
 
-def _loss(out: Any) -> Tensor:
+def _loss(out: Any, learnt: int) -> Tensor:
     """Cross-entropy of tokens or labels as `lorakit train` computes it; of a model without a head, a sum."""
     logits = getattr(out, "logits", None)
     if logits is None:
         return out.last_hidden_state.float().sum()
+    del out  # as in training, which lets go of the logits that it does not take
+    if logits.dim() == 3:
+        logits = taken(logits, learnt)
     labels = torch.empty(logits.shape[:-1], dtype=torch.long, device=_META)
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum")
+
+
+def taken(states: Tensor, number: int) -> Tensor:
+    """Those of some tokens ``(number, n)`` out of ``(rows, tokens, n)``: a copy, unless that is all of them."""
+    states = states.reshape(-1, states.shape[-1])
+    if number >= len(states):
+        return states
+    return states[torch.empty(number, dtype=torch.long, device=states.device)]
 
 
 def empty_state(counts: Counts) -> AdapterState:
@@ -311,7 +238,9 @@ def empty_state(counts: Counts) -> AdapterState:
     return AdapterState(spec, tensors, empty(shared_shapes(spec.methods)))
 
 
-def _contexts(kernels: _Kernels | None) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def _contexts(
+    kernels: DeviceKernels | None,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Of the first pass through a layer and of the second."""
     first, again = checkpoint_contexts()
 
@@ -335,7 +264,7 @@ def _without_dropout(method: Method) -> Method:
     return dataclasses.replace(method, **changes) if changes else method  # type: ignore[type-var]
 
 
-def _checkpoint(model: nn.Module, wanted: bool, kernels: _Kernels | None) -> None:
+def _checkpoint(model: nn.Module, wanted: bool, kernels: DeviceKernels | None) -> None:
     """Transformers' activation checkpointing, which was renamed in its version 5.
 
     ``backward`` leaves the mode that chooses kernels, so what is computed again there has to enter it again.

@@ -226,6 +226,6 @@ def _adapter(task: Task, base: Architecture, rows: Any) -> str:
     if planned.training is None:
         return words
     return (
-        f"{words}; one step of {shape.rows} rows with {shape.rows * shape.length:,} tokens ran on the meta device and "
+        f"{words}; one step of {shape.rows} rows with {shape.size:,} tokens ran on the meta device and "
         f"needs about {planned.training.total / 1e9:.1f} GB"
     )

@@ -20,9 +20,11 @@ from lorakit.plan.counting import Counts
 from lorakit.plan.memory import dtype_called
 from lorakit.train.frozen_part import block_lists, lowest_block
 from lorakit.train.recipe import Recipe
+from lorakit.train.render import Rendered
 from lorakit.train.task import Task
 from lorakit.train.task_plan import Shape, adapters_of, step_flops, task_plan
 from lorakit.train.tasks import task_of
+from lorakit.train.tasks.seq2seq import Seq2SeqRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +91,7 @@ def estimate(recipe: Recipe) -> Estimate:
     run = planned.run
     flops = None
     if planned.training is not None:
-        flops = step_flops(task, base, planned, shape) / (run.batch * run.length)
+        flops = step_flops(task, base, planned, shape) / shape.size
     cached, spared = _frozen_part(task, base, planned, shape)
     seconds = None
     if run.device == "cuda" and not torch.cuda.is_available():
@@ -203,23 +205,54 @@ def batch_shape(
     """The largest of some batches, and all of them."""
 
     def cost(batch: Sequence[int]) -> int:
-        lengths = [rows[i].length for i in batch]
-        return sum(lengths) if packed else max(lengths) * len(lengths)
+        return _tokens([rows[i] for i in batch], packed)
 
     largest = max(batches, key=cost)
-    learnt = [getattr(rows[i], "learnt", rows[i].length) for i in largest]
-    size = cost(largest)
+    members = [rows[i] for i in largest]
+    texts = [text for row in members for text in row.texts]
+    written = _written(members)
+    length = -(-sum(text.length for text in texts) // len(texts)) if packed else max(t.length for t in texts)
+    learnt, selected = _learnt(texts, written, length, packed)
     return Shape(
-        rows=len(largest),
-        length=-(-size // len(largest)),
+        rows=len(texts),
+        length=length,
         packed=packed,
-        learnt=min(1.0, max(1, sum(learnt)) / size),
+        learnt=learnt,
         tokens=sum(cost(batch) for batch in batches),
         steps=-(-len(batches) // accumulation),
         measured=True,
-        shares=_shares([rows[i] for i in largest], rows),
+        shares=_shares(members, rows),
         distinct=sum(rows[i].length for i in {i for batch in batches for i in batch}),
+        selected=selected,
+        padded=not packed and len({text.length for text in texts}) > 1,
+        written=max(written, default=0),
     )
+
+
+def _tokens(batch: Sequence[Any], packed: bool) -> int:
+    """Tokens that the model reads and writes in a batch, padding counted."""
+    read = [text.length for row in batch for text in row.texts]
+    written = _written(batch)
+    return sum(read) if packed else len(read) * max(read) + len(written) * max(written, default=0)
+
+
+def _written(batch: Sequence[Any]) -> list[int]:
+    """Tokens that an encoder-decoder writes in each row of a batch; empty for other models."""
+    inner = [getattr(row, "row", row) for row in batch]
+    return [len(row.labels) for row in inner if isinstance(row, Seq2SeqRow)]
+
+
+def _learnt(
+    texts: Sequence[Any], written: Sequence[int], length: int, packed: bool
+) -> tuple[float, float | None]:
+    """The shares of positions that are learnt, and that are learnt in any row where these lie side by side."""
+    if written:
+        return sum(written) / (len(written) * max(written)), None
+    if not all(isinstance(text, Rendered) for text in texts):
+        return 1.0, None
+    learnt = max(1, sum(text.learnt for text in texts)) / (len(texts) * length)
+    places = set().union(*(text.learnt_at for text in texts))
+    return min(1.0, learnt), None if packed else max(1, len(places)) / length
 
 
 def _shares(batch: Sequence[Any], rows: Sequence[Any]) -> tuple[int, ...]:
@@ -283,8 +316,8 @@ def advice(planned: Plan) -> list[str]:
         ways.append(
             (
                 training.activations // 2,
-                f"train.batch_rows: {max(1, run.batch // 2)} with train.accumulation: {2 * run.accumulation} learns "
-                "the same with about half of the activations",
+                f"half of train.batch_rows with train.accumulation: {2 * run.accumulation} learns the same with about "
+                "half of the activations",
             )
         )
     if not run.checkpointing:

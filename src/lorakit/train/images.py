@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakit.errors import DataError, MissingDependencyError, listing, near_matches
 from lorakit.models.image_classifier import ImageInput
-from lorakit.train.row_set import NamedSet
+from lorakit.train.row_set import NamedSet, Row
 from lorakit.train.tables import check_file
 from lorakit.train.task_data import ImageData
 
@@ -55,6 +55,11 @@ class ImageRow:
     def length(self) -> int:
         """One image."""
         return 1
+
+    @property
+    def texts(self) -> Sequence[Row]:
+        """Itself."""
+        return (self,)
 
     @property
     def content(self) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorakit.ops.fused import sizes_only
 from lorakit.ops.native.training import kernels
 from lorakit.plan import Run
+from lorakit.plan.rehearsal import taken
 from lorakit.train.for_a_while import with_forwards
 from lorakit.train.fused_layers import forms_by_looks
 from lorakit.train.head_loss import head_aside, head_loss
@@ -31,10 +32,12 @@ class CompiledStep:
     Attributes:
         compiled: Whether layers run in their compiled form.
         in_parts: Whether logits are made of some tokens at a time.
+        native: Whether the compiled functions take its numbers, which the loss uses whatever becomes of the layers.
     """
 
     compiled: bool
     in_parts: bool
+    native: bool = True
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -47,14 +50,15 @@ class CompiledStep:
     def during(self, model: nn.Module, documents: int, length: int) -> Iterator[None]:
         """What a model is rehearsed in; ``documents`` of this length lie in a row."""
         with ExitStack() as stack:
-            if self.compiled and (library := kernels()) is not None:
-                forms = forms_by_looks(model, packs=documents > 1, length=length)
-                stack.enter_context(with_forwards(forms))
+            if self.native and (library := kernels()) is not None:
+                if self.compiled:
+                    forms = forms_by_looks(model, packs=documents > 1, length=length)
+                    stack.enter_context(with_forwards(forms))
                 stack.enter_context(sizes_only(library))
             yield
 
-    def loss(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The loss of a batch; None where it is made of whole logits."""
+    def loss(self, model: Any, inputs: Mapping[str, Any], learnt: int) -> Tensor | None:
+        """The loss of a batch, of which some tokens are learnt; None where it is made of whole logits."""
         head = getattr(model, "get_output_embeddings", lambda: None)() if self.in_parts else None
         if not isinstance(head, nn.Module):
             return None
@@ -62,32 +66,22 @@ class CompiledStep:
             hidden, last = _given(model, inputs)
         if hidden is not last:  # logits are scaled or capped after the layer
             return None
-        hidden = hidden.reshape(-1, hidden.shape[-1])
+        hidden = taken(hidden, learnt)
         return head_loss(hidden, head, torch.empty(len(hidden), dtype=torch.long, device=hidden.device))
 
 
 def compiled_step(task: Task, run: Run) -> CompiledStep | None:
-    """How the steps of a task run, or None where they are better foretold by the model's own code.
-
-    Padded batches take memory for a moment that no rehearsal shows (measured: a quarter to a half above the plan); the
-    model's own code, which keeps more, comes nearer to it.
+    """How the steps of a task run, or None where that is the model's own code.
 
     Args:
         task: Of the recipe.
         run: As it is planned.
     """
-    if not run.packing:
-        return None
     settings = task.recipe.train
-    compiled = (
-        settings.fused
-        and not settings.compile
-        and run.device == "cpu"
-        and run.base_dtype == "float32"
-        and kernels() is not None
-    )
+    native = run.device == "cpu" and run.base_dtype == "float32" and kernels() is not None
+    compiled = native and settings.fused and not settings.compile
     in_parts = getattr(task, "objective", None) is NEXT_TOKEN  # some tasks know theirs late
-    return CompiledStep(compiled, in_parts) if compiled or in_parts else None
+    return CompiledStep(compiled, in_parts, native) if compiled or in_parts else None
 
 
 def _given(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

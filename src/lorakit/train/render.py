@@ -44,6 +44,11 @@ class Rendered(TokenRow):
         """How many tokens are learnt."""
         return len(self.labels) - self.labels.count(IGNORED)
 
+    @property
+    def learnt_at(self) -> set[int]:
+        """The places of the tokens that are learnt."""
+        return {place for place, label in enumerate(self.labels) if label != IGNORED}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedSet(RowSet[Rendered]):

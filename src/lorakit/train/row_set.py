@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -20,6 +20,10 @@ class Row(Protocol):
     @property
     def length(self) -> int:
         """How much the model reads of it: tokens, or 1 for an image; batches are planned by it."""
+
+    @property
+    def texts(self) -> Sequence[Row]:
+        """What the model reads of it, each in a row of its own: mostly itself alone."""
 
     @property
     def content(self) -> Any:
@@ -44,6 +48,11 @@ class TokenRow:
     def length(self) -> int:
         """Its tokens."""
         return len(self.ids)
+
+    @property
+    def texts(self) -> Sequence[Row]:
+        """Itself."""
+        return (self,)
 
     @property
     def content(self) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # SmolLM2's <|im_end|>, which its instruction tuning did train, is at 0.991 from the reserved tokens and is learnt well.
 _PARALLEL = 0.999
+_ROWS_AT_ONCE = 4096  # of the output layer, which may be the largest matrix of a model
 
 
 def stop_token_warning(
@@ -39,8 +40,9 @@ def stop_token_warning(
     if adapted & {id(head), id(embedding)}:
         return None
     with torch.no_grad():
-        rows = F.normalize(head.weight.float(), dim=1)
-        twins = int((rows @ rows[stop] > _PARALLEL).sum()) - 1
+        own = F.normalize(head.weight[stop].float(), dim=0)
+        parts = (F.normalize(rows.float(), dim=1) for rows in head.weight.split(_ROWS_AT_ONCE))
+        twins = sum(int((rows @ own > _PARALLEL).sum()) for rows in parts) - 1
     if twins < 1:
         return None
     path = next(path for path, module in model.named_modules() if module is embedding).rsplit(".", 1)[-1]

@@ -14,7 +14,7 @@ from lorakit.errors import LorakitError
 from lorakit.models.fastest_dtype import fastest_dtype
 from lorakit.plan import Architecture, Plan, Run, plan
 from lorakit.plan.counting import Counts, count
-from lorakit.plan.rehearsal import Device
+from lorakit.plan.device_kernels import Device
 from lorakit.plan.together import flops_together, plan_together
 from lorakit.plan.work import training_flops
 from lorakit.train.recipe import Recipe
@@ -27,15 +27,19 @@ class Shape:
     """The largest batch of a run, and the whole of it.
 
     Attributes:
-        rows: Rows of the largest batch.
-        length: Tokens of each of its rows; the mean of them where they are packed.
+        rows: Rows of the largest batch as the model reads it: of a pair of texts, two.
+        length: Tokens of each of its rows, padding counted; the mean of them where they are packed.
         packed: Whether they lie end to end.
-        learnt: The share of its positions whose logits the loss needs.
+        learnt: The share of its positions whose logits the loss needs; of an encoder-decoder, of those that it writes.
         tokens: Tokens of all batches of the run; None where the data was not read.
         steps: Optimizer steps; None likewise.
         measured: Whether this comes from the data and not from the recipe alone.
         shares: How many of the rows each of several adapters learns from; empty for one adapter.
         distinct: Tokens of all rows that the run reads, each row once; None where the data was not read.
+        selected: The share of its positions that are learnt in any row, for which a model that can leave some out
+            makes logits; None for ``learnt``.
+        padded: Whether some of its rows are filled up.
+        written: Tokens that an encoder-decoder writes in each row; 0 for other models.
     """
 
     rows: int
@@ -47,6 +51,14 @@ class Shape:
     measured: bool = False
     shares: tuple[int, ...] = ()
     distinct: int | None = None
+    selected: float | None = None
+    padded: bool = False
+    written: int = 0
+
+    @property
+    def size(self) -> int:
+        """Tokens of the largest batch, padding counted."""
+        return self.rows * (self.length + self.written)
 
 
 def task_plan(task: Task, base: Architecture, shape: Shape) -> Plan:
@@ -109,6 +121,9 @@ def _run(recipe: Recipe, shape: Shape) -> Run:
         packing=shape.packed,
         learnt=shape.learnt,
         accumulation=settings.accumulation,
+        selected=shape.selected,
+        padded=shape.padded,
+        written=shape.written or None,
     )
 
 

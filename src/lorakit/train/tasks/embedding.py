@@ -31,7 +31,7 @@ from lorakit.train.strands import Strand
 from lorakit.train.task import Task, check_length, telling
 from lorakit.train.task_data import PairData
 from lorakit.train.task_sections import EmbeddingSection
-from lorakit.train.text_vectors import embed, in_batch_negatives, vectors
+from lorakit.train.text_vectors import TextRow, embed, in_batch_negatives, vectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,6 +74,11 @@ class PairRow:
     def length(self) -> int:
         """Tokens of both."""
         return len(self.first) + len(self.partner)
+
+    @property
+    def texts(self) -> Sequence[Row]:
+        """Both."""
+        return (TextRow(self.id, self.first), TextRow(self.id, self.partner))
 
     @property
     def content(self) -> Any:

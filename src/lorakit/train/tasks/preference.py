@@ -64,6 +64,11 @@ class PreferenceRow:
         return len(self.chosen.ids) + len(self.rejected.ids)
 
     @property
+    def texts(self) -> Sequence[Row]:
+        """Both."""
+        return (self.chosen, self.rejected)
+
+    @property
     def content(self) -> Any:
         """Ids and labels of both."""
         return [self.chosen.content, self.rejected.content]

@@ -26,6 +26,7 @@ from lorakit.train.scores import text_scores
 from lorakit.train.split import Split
 from lorakit.train.strands import Strand
 from lorakit.train.task import Task, check_length, telling
+from lorakit.train.text_vectors import TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +50,11 @@ class Seq2SeqRow:
     def length(self) -> int:
         """Tokens on both sides."""
         return len(self.ids) + len(self.labels)
+
+    @property
+    def texts(self) -> Sequence[Row]:
+        """What the encoder reads."""
+        return (TextRow(self.id, self.ids),)
 
     @property
     def content(self) -> Any:

@@ -57,6 +57,12 @@ class OwnedRow:
         return int(self.row.length)
 
     @property
+    def texts(self) -> Sequence[Row]:
+        """The row's."""
+        texts: Sequence[Row] = self.row.texts
+        return texts
+
+    @property
     def content(self) -> Any:
         """Whose it is, and the row's."""
         return [self.owner, self.row.content]
