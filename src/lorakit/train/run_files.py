@@ -63,8 +63,11 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Package to version, of what a run's numbers may depend on."""
+    import torch
+
     found = {"python": platform.python_version()}
     found |= {package: there for package in _PACKAGES if (there := version_of(package)) is not None}
+    found["torch"] = str(torch.__version__)  # its own word tells the build: 2.13.0+cu130 is listed as 2.13.0
     if "lorakit" not in found:  # run from the source folder
         import lorakit
 
