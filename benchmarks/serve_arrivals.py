@@ -55,9 +55,10 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
         work = (ours.work or Path(scratch)) / MODEL
         work.mkdir(parents=True, exist_ok=True)
         base = base_folder(MODEL)
-        make_all(work, base, max(counts))
+        sides = chosen(ours.only, ours.llamacpp, ours.vllm)
+        make_all(work, base, max(counts), sides)
         for _ in range(1 if bench.quick else ours.rounds):
-            for side, python in chosen(ours.only, ours.llamacpp, ours.vllm).items():
+            for side, python in sides.items():
                 for n in (n for n in counts if n in SIDES[side]):
                     plan = {
                         "side": side, "base": str(base), "counts": [n], "work": str(work), "python": python,

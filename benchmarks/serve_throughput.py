@@ -26,7 +26,7 @@ from benchmarks.serving.sides import (
     INT8,
     MANY,
     MIXED,
-    PURE,
+    OURS,
     SIDES,
     chosen,
     engine_of,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Benchmark:
         left_out: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
         for model in ours.models:
             base = make_base(work) if model == SMALLER else base_folder(model)
-            make_all(work / model, base, max(counts))
+            make_all(work / model, base, max(counts), sides)
             for _ in range(bench.rounds(ours.rounds)):
                 for side, python in sides.items():
                     if model != MODEL and side not in IN_PYTHON:
@@ -166,7 +166,7 @@ def _in_a_process(
 ) -> list[dict[str, Any]]:
     """Rows of one side. Those that hold all adapters at once load as many as they are asked for, and no more."""
     rows: list[dict[str, Any]] = []
-    groups = [list(counts)] if side in (LORAKIT, INT8, HALVES, PURE) else [[n] for n in counts]
+    groups = [list(counts)] if side in OURS else [[n] for n in counts]
     for group in groups:
         plan = {
             "side": side, "base": str(base), "counts": group, "work": str(work), "threads": bench.threads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ SIDES: dict[str, tuple[int, ...]] = {
     LLAMACPP8: (0, 20),
     VLLM: (*COUNTS, 8),
 }
-IN_PYTHON = (LORAKIT, INT8, HALVES, PURE, MIXED, GROUPS, COPIES, BATCHING)
+OURS = (LORAKIT, INT8, HALVES, PURE)
+IN_PYTHON = (*OURS, MIXED, GROUPS, COPIES, BATCHING)
 
 
 def chosen(only: Sequence[str] | None, llamacpp: str | None, vllm: str | None) -> dict[str, str | None]:
@@ -59,7 +60,7 @@ def make_engine(
     """Start an engine by its name, with ``count`` adapters of a folder."""
     from benchmarks.serving import engines
 
-    if side in (LORAKIT, INT8, HALVES, PURE):
+    if side in OURS:
         runner = "transformers" if side == PURE else "native"
         weights = "int8" if side == INT8 else "fp32"
         return engines.Lorakit(model, adapters, threads, runner=runner, weights=weights)
@@ -114,9 +115,10 @@ def folder_of(work: Path, count: int, side: str = LORAKIT) -> Path | None:
     return work / name if count else None
 
 
-def make_all(work: Path, base: Path, count: int) -> None:
-    """Adapters of mixed ranks, and where there are very many of rank 8."""
+def make_all(work: Path, base: Path, count: int, sides: Collection[str]) -> None:
+    """Adapters of mixed ranks, and where there are very many of rank 8; in bfloat16 for the side that asks for that."""
     make_adapters(work / "mixed", str(base), RANKS, min(count, max(COUNTS)))
-    make_adapters(work / "mixed-bfloat16", str(base), RANKS, min(count, max(COUNTS)), "bfloat16")
+    if HALVES in sides:
+        make_adapters(work / "mixed-bfloat16", str(base), RANKS, min(count, max(COUNTS)), "bfloat16")
     if count > max(COUNTS):
         make_adapters(work / "many", str(base), (8,), count)

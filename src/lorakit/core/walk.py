@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -47,8 +47,13 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Path and parameter, tied parameters once, in the order of ``named_parameters``."""
+    return parameters_of(base_modules(model))
+
+
+def parameters_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The same of modules that were found already."""
     seen: set[int] = set()
-    for path, module in base_modules(model):
+    for path, module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lorakit.core.walk import base_modules, base_parameters
+from lorakit.core.walk import base_modules, base_parameters, parameters_of
 from lorakit.targets.bitsandbytes_weights import matrix_numel
 from lorakit.targets.quantized import packed_weight, quantized_storage
 
 
 def base_numel(model: nn.Module) -> int:
     """Numbers in the base, tied ones once: for a quantised weight those of the matrix, not of the packed bytes."""
-    numbers = 0
-    seen: set[int] = set()
-    for _, module in base_modules(model):
-        if quantized_storage(module) is not None:
-            numbers += packed_weight(module).numel
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                numbers += matrix_numel(parameter)
-    return numbers
+    modules = list(base_modules(model))
+    shown = sum(matrix_numel(p) for _, p in parameters_of(modules))
+    return shown + sum(packed_weight(m).numel for _, m in modules if quantized_storage(m) is not None)
 
 
 def base_bytes(model: nn.Module) -> int:

@@ -24,7 +24,6 @@ from lorakit.train.render import Rendered
 from lorakit.train.task import Task
 from lorakit.train.task_plan import Shape, adapters_of, step_flops, task_plan
 from lorakit.train.tasks import task_of
-from lorakit.train.tasks.seq2seq import Seq2SeqRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -203,14 +202,10 @@ def batch_shape(
     rows: Sequence[Any], batches: Sequence[Sequence[int]], accumulation: int, *, packed: bool
 ) -> Shape:
     """The largest of some batches, and all of them."""
-
-    def cost(batch: Sequence[int]) -> int:
-        return _tokens([rows[i] for i in batch], packed)
-
-    largest = max(batches, key=cost)
-    members = [rows[i] for i in largest]
+    tokens = [_tokens([rows[i] for i in batch], packed) for batch in batches]
+    members = [rows[i] for i in batches[tokens.index(max(tokens))]]
     texts = [text for row in members for text in row.texts]
-    written = _written(members)
+    written = [row.written for row in members]
     length = -(-sum(text.length for text in texts) // len(texts)) if packed else max(t.length for t in texts)
     learnt, selected = _learnt(texts, written, length, packed)
     return Shape(
@@ -218,35 +213,28 @@ def batch_shape(
         length=length,
         packed=packed,
         learnt=learnt,
-        tokens=sum(cost(batch) for batch in batches),
+        tokens=sum(tokens),
         steps=-(-len(batches) // accumulation),
         measured=True,
         shares=_shares(members, rows),
         distinct=sum(rows[i].length for i in {i for batch in batches for i in batch}),
         selected=selected,
         padded=not packed and len({text.length for text in texts}) > 1,
-        written=max(written, default=0),
+        written=max(written),
     )
 
 
 def _tokens(batch: Sequence[Any], packed: bool) -> int:
     """Tokens that the model reads and writes in a batch, padding counted."""
     read = [text.length for row in batch for text in row.texts]
-    written = _written(batch)
-    return sum(read) if packed else len(read) * max(read) + len(written) * max(written, default=0)
-
-
-def _written(batch: Sequence[Any]) -> list[int]:
-    """Tokens that an encoder-decoder writes in each row of a batch; empty for other models."""
-    inner = [getattr(row, "row", row) for row in batch]
-    return [len(row.labels) for row in inner if isinstance(row, Seq2SeqRow)]
+    return sum(read) if packed else len(read) * max(read) + len(batch) * max(row.written for row in batch)
 
 
 def _learnt(
     texts: Sequence[Any], written: Sequence[int], length: int, packed: bool
 ) -> tuple[float, float | None]:
     """The shares of positions that are learnt, and that are learnt in any row where these lie side by side."""
-    if written:
+    if any(written):
         return sum(written) / (len(written) * max(written)), None
     if not all(isinstance(text, Rendered) for text in texts):
         return 1.0, None

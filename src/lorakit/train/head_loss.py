@@ -62,9 +62,8 @@ class _HeadLoss(torch.autograd.Function):
         in_place = _plain(head)
         entries = _ENTRIES_AT_ONCE if in_place else _ENTRIES_AT_ONCE // 2
         most = max(1, entries // getattr(head, "out_features", 2**17))
-        rows = (
-            math.ceil(len(hidden) / math.ceil(len(hidden) / most)) if len(hidden) else 1
-        )  # parts of one size
+        parts = max(1, math.ceil(len(hidden) / most))
+        rows = max(1, math.ceil(len(hidden) / parts))  # all of one size
         for begin in range(0, len(hidden), rows):
             some = slice(begin, begin + rows)
             done = _part_in_place(hidden[some], targets[some], head) if in_place and learning else None

@@ -62,6 +62,11 @@ class ImageRow:
         return (self,)
 
     @property
+    def written(self) -> int:
+        """None."""
+        return 0
+
+    @property
     def content(self) -> Any:
         """A hash of the pixels, and the label."""
         return [hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest(), self.labels]

@@ -26,6 +26,10 @@ class Row(Protocol):
         """What the model reads of it, each in a row of its own: mostly itself alone."""
 
     @property
+    def written(self) -> int:
+        """Tokens that an encoder-decoder writes for it; 0 where the model only reads."""
+
+    @property
     def content(self) -> Any:
         """What is trained on, as JSON can hold it; a run that is resumed must find the same."""
 
@@ -53,6 +57,11 @@ class TokenRow:
     def texts(self) -> Sequence[Row]:
         """Itself."""
         return (self,)
+
+    @property
+    def written(self) -> int:
+        """None."""
+        return 0
 
     @property
     def content(self) -> Any:

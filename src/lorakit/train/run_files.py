@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lorakit.train.recipe import Recipe
     from lorakit.train.row_set import Row, RowSet
 
-_PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "safetensors", "tokenizers")
+_PACKAGES = ("lorakit", "transformers", "accelerate", "safetensors", "tokenizers")
 _STATE = "trainer_state.json"  # what transformers writes last into a checkpoint
 
 
@@ -65,9 +65,9 @@ def versions() -> dict[str, str]:
     """Package to version, of what a run's numbers may depend on."""
     import torch
 
-    found = {"python": platform.python_version()}
+    # torch's own word tells the build: 2.13.0+cu130 is listed as 2.13.0
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     found |= {package: there for package in _PACKAGES if (there := version_of(package)) is not None}
-    found["torch"] = str(torch.__version__)  # its own word tells the build: 2.13.0+cu130 is listed as 2.13.0
     if "lorakit" not in found:  # run from the source folder
         import lorakit
 

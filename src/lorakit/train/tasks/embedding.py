@@ -81,6 +81,11 @@ class PairRow:
         return (TextRow(self.id, self.first), TextRow(self.id, self.partner))
 
     @property
+    def written(self) -> int:
+        """None."""
+        return 0
+
+    @property
     def content(self) -> Any:
         """Ids and score."""
         return [self.first, self.partner, self.score]

@@ -69,6 +69,11 @@ class PreferenceRow:
         return (self.chosen, self.rejected)
 
     @property
+    def written(self) -> int:
+        """None."""
+        return 0
+
+    @property
     def content(self) -> Any:
         """Ids and labels of both."""
         return [self.chosen.content, self.rejected.content]

@@ -57,6 +57,11 @@ class Seq2SeqRow:
         return (TextRow(self.id, self.ids),)
 
     @property
+    def written(self) -> int:
+        """The decoder's tokens."""
+        return len(self.labels)
+
+    @property
     def content(self) -> Any:
         """Both sides."""
         return [self.ids, self.labels]

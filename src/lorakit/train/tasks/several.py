@@ -63,6 +63,11 @@ class OwnedRow:
         return texts
 
     @property
+    def written(self) -> int:
+        """The row's."""
+        return int(self.row.written)
+
+    @property
     def content(self) -> Any:
         """Whose it is, and the row's."""
         return [self.owner, self.row.content]
