@@ -69,6 +69,7 @@ def _freed_at_once(wanted: bool) -> AbstractContextManager[bool]:
 
 
 _APART = {"lorakit.train.fused_layers._readings": _nothing}
+_IN_PYTHON = {"lorakit.ops.low_rank.native.product": None, "lorakit.ops.low_rank.native.layer": None}
 _ALL_LOGITS = {
     "lorakit.train.loss._selects_positions": lambda forward: False,
     "lorakit.train.loss.separable_head": _nothing,
@@ -91,14 +92,14 @@ TRICKS = (
         "fused low-rank product",
         patches={
             **_APART,
-            "lorakit.ops.low_rank.native.product": None,
+            **_IN_PYTHON,
             "lorakit.ops.low_rank.transformed": lambda: True,
         },
         note="Without: three plain operations, as LoRA is mostly written.",
     ),
     Trick(
         "compiled low-rank product",
-        patches={**_APART, "lorakit.ops.low_rank.native.product": None},
+        patches={**_APART, **_IN_PYTHON},
         note="Without: the autograd function in Python. Where the library is not built both are the same.",
     ),
     Trick(

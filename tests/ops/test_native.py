@@ -415,6 +415,7 @@ def test_a_whole_layer_trains_the_same(product: Product, monkeypatch: pytest.Mon
             for parameter in lk.trainable(model).values():
                 parameter.normal_()
         monkeypatch.setattr(load, "product", compiled)
+        monkeypatch.setattr(load, "layer", None)
         out = model(torch.randn(2, 5, 12))
         out.square().sum().backward()
         return [out.detach(), *(p.grad for p in lk.trainable(model).values() if p.grad is not None)]
@@ -454,6 +455,7 @@ def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
     y, x, A, B = operands(4, n=6, out=5, r=2)
     assert_near(add_low_rank(y.clone(), x, A, B), formula(y, x, A, B, 1.0))
     assert load.product is None
+    assert load.layer is None
 
 
 @pytest.mark.usefixtures("resolve_again")
@@ -520,6 +522,7 @@ def test_a_damaged_library_is_not_loaded(
     with pytest.warns(RuntimeWarning, match="is not used: .*lorakit kernels build"):
         assert load.status().state == "unusable"
     assert load.product is None
+    assert load.layer is None
     y, x, A, B = operands(4, n=6, out=5, r=2)
     assert_near(add_low_rank(y.clone(), x, A, B), formula(y, x, A, B, 1.0))
     # `build` knows that it is damaged: it does not take it for done, and a failure changes nothing.

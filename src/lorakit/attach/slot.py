@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -21,6 +22,7 @@ from lorakit.core.route import Mix, Route, Rows
 from lorakit.core.target import Target
 from lorakit.core.walk import HOME
 from lorakit.errors import RoutingError
+from lorakit.ops.native import load as native
 
 OUTPUT = "output"
 
@@ -49,6 +51,11 @@ class Slot(nn.Module):
     def put(self, name: str, adapter: AdapterParameters) -> None:
         """Add an adapter; any name works, also one that is an attribute of modules."""
         self._modules[name] = adapter
+        scales = adapter.method.direct_scales(self.target) if self._whole_output() else None
+        adapter.__dict__["direct_scales"] = scales
+
+    def _whole_output(self) -> bool:
+        return self.target.binding == "forward" and not self.target.part
 
     def adapter(self, name: str) -> AdapterParameters | None:
         """The adapter of that name, if it has parameters here."""
@@ -197,10 +204,15 @@ class Slot(nn.Module):
 def output_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """The forward hook of an adapted layer; a plain function, so copies and pickles of the model work.
 
-    It runs for every layer and token, mostly with one adapter and outside any `use`. That way is written out here: the
-    layer's weight has emptied the caches, and each further function of Python takes a microsecond to come back.
+    It runs for every layer and token, mostly with one adapter and outside any `use`. That way is compiled, and written
+    out here for where it is not: the layer's weight has emptied the caches, and each further function of Python takes
+    a microsecond to come back.
     """
     x = args[0] if args else next(iter(kwargs.values()))
+    if native.layer is not None and not is_dynamo_compiling():
+        added = native.layer(module, x, output)
+        if added is not None:
+            return added
     # The output may be reused only if nobody else has seen it: no hook that ran before this one, no patched forward.
     first = next(iter(module._forward_hooks))
     patched = bool(_global_forward_hooks) or "forward" in module.__dict__

@@ -120,6 +120,7 @@ def _compile(compiler: list[str], work: Path, library: Path) -> None:
         [*compiler, *_COMMON, *flags, "-c", str(_SOURCE / name), "-o", str(work / (name + ".o"))]
         for name, flags in (
             ("low_rank.cpp", torch_flags),
+            ("layer.cpp", torch_flags),
             ("lookup.cpp", torch_flags),
             ("nf4.cpp", [*torch_flags, *of_processor]),
             ("products.cpp", loop_flags),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.errors import ConfigError, KernelError
 
@@ -35,6 +35,8 @@ MADE_OF = (
     "products.cpp",
     "on_tensors.h",
     "low_rank.cpp",
+    "layer.h",
+    "layer.cpp",
     "lookup.h",
     "lookup.cpp",
     "nf4.h",
@@ -56,6 +58,9 @@ Product = Callable[[Tensor, Tensor, Tensor, Tensor, float], "Tensor | None"]
 Lookup = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], "Tensor | None"]
 """``y += scale * Aᵀ[ids] Bᵀ`` for ``(y, ids, A, B, scale, padding)``: returns ``y``, or None and does nothing."""
 
+Layer = Callable[[nn.Module, Tensor, Tensor], "Tensor | None"]
+"""The product in its usual case, for ``(layer, x, y)``: returns ``y``, or None and does nothing."""
+
 Decode = Callable[[Tensor, Tensor, Tensor, int, int], "Tensor | None"]
 """Write NF4 values for ``(codes, absmax, out, first, block)``: returns ``out``, or None and does nothing."""
 
@@ -64,6 +69,7 @@ class Library(NamedTuple):
     """What a library holds."""
 
     product: Product
+    layer: Layer
     lookup: Lookup
     decode_nf4: Decode
 
@@ -97,9 +103,10 @@ def status() -> Status:
 
 def forget() -> None:
     """Look again at the next use: after a build, or when the environment has changed."""
-    global product, lookup, decode_nf4, _status
+    global product, layer, lookup, decode_nf4, _status
     with _resolving:
-        product, lookup, decode_nf4, _status = _look_first, _look_first_for_lookup, _look_first_for_nf4, None
+        product, lookup, decode_nf4 = _look_first, _look_first_for_lookup, _look_first_for_nf4
+        layer, _status = None, None
 
 
 def kernel_folder() -> Path:
@@ -144,7 +151,7 @@ def read_library(folder: Path) -> Library:
         loader.exec_module(module)
     except ImportError as error:
         raise KernelError(f"{path} cannot be loaded: {error}") from error
-    return Library(module.add_low_rank, module.add_lookup, module.decode_nf4)
+    return Library(module.add_low_rank, module.add_in_layer, module.add_lookup, module.decode_nf4)
 
 
 # ---- the products in use ---------------------------------------------------------------------------------------------
@@ -177,6 +184,9 @@ def _look_first_for_nf4(codes: Tensor, absmax: Tensor, out: Tensor, first: int, 
 product: Product | None = _look_first
 """The compiled product, or None when there is none to use."""
 
+layer: Layer | None = None
+"""The compiled way of a layer's hook, or None; a layer's first product looks for it, which goes another way."""
+
 lookup: Lookup | None = _look_first_for_lookup
 """The compiled product for an embedding, or None."""
 
@@ -188,11 +198,11 @@ _resolving = threading.Lock()
 
 
 def _resolved() -> Status:
-    global product, lookup, decode_nf4, _status
+    global product, layer, lookup, decode_nf4, _status
     with _resolving:
         if _status is None:
             found, library = _look()
-            product, lookup, decode_nf4 = library or (None, None, None)
+            product, layer, lookup, decode_nf4 = library or (None, None, None, None)
             _status = found
         return _status
 

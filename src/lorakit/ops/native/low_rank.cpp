@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "layer.h"
 #include "lookup.h"
 #include "nf4.h"
 #include "on_tensors.h"
@@ -151,12 +152,33 @@ PyObject* add_low_rank(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     PyErr_SetString(PyExc_TypeError, "add_low_rank takes y, x, A, B and scale");
     return nullptr;
   }
-  for (int i = 0; i < 4; ++i)
-    if (!THPVariable_CheckExact(arguments[i])) Py_RETURN_NONE;
   const double scale = PyFloat_AsDouble(arguments[4]);
   if (scale == -1 && PyErr_Occurred()) return nullptr;
-  const Tensor &y = THPVariable_Unpack(arguments[0]), &x = THPVariable_Unpack(arguments[1]),
-               &A = THPVariable_Unpack(arguments[2]), &B = THPVariable_Unpack(arguments[3]);
+  return added_product(arguments[0], arguments[1], arguments[2], arguments[3], scale);
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {{"add_low_rank", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_low_rank)),
+                          METH_FASTCALL, "y += scale * x A^T B^T in place; None for what is not taken."},
+                         {"add_lookup", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_lookup)),
+                          METH_FASTCALL, "The same for rows of A^T that are looked up; None for what is not taken."},
+                         {"add_in_layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_in_layer)),
+                          METH_FASTCALL, "The same for a layer as its hook calls it; None for what is not usual."},
+                         {"decode_nf4", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(decode_nf4)),
+                          METH_FASTCALL, "Write the values of NF4 codes; None for what is not taken."},
+                         {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "lorakit_low_rank", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+namespace lorakit {
+
+PyObject* added_product(PyObject* onto, PyObject* input, PyObject* down, PyObject* up, double scale) {
+  for (PyObject* t : {onto, input, down, up})
+    if (!THPVariable_CheckExact(t)) Py_RETURN_NONE;
+  const Tensor &y = THPVariable_Unpack(onto), &x = THPVariable_Unpack(input), &A = THPVariable_Unpack(down),
+               &B = THPVariable_Unpack(up);
   if (!taken(y, x, A, B)) Py_RETURN_NONE;
   const bool recorded = at::GradMode::is_enabled() &&
                         (y.requires_grad() || x.requires_grad() || A.requires_grad() || B.requires_grad());
@@ -172,21 +194,10 @@ PyObject* add_low_rank(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     else
       add_unrecorded(y, x, A, B, scale);
   }
-  Py_INCREF(arguments[0]);
-  return arguments[0];
-  END_HANDLE_TH_ERRORS
+  Py_INCREF(onto);
+  return onto;
 }
 
-PyMethodDef methods[] = {{"add_low_rank", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_low_rank)),
-                          METH_FASTCALL, "y += scale * x A^T B^T in place; None for what is not taken."},
-                         {"add_lookup", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(add_lookup)),
-                          METH_FASTCALL, "The same for rows of A^T that are looked up; None for what is not taken."},
-                         {"decode_nf4", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(decode_nf4)),
-                          METH_FASTCALL, "Write the values of NF4 codes; None for what is not taken."},
-                         {nullptr, nullptr, 0, nullptr}};
-PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "lorakit_low_rank", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-
-}  // namespace
+}  // namespace lorakit
 
 PyMODINIT_FUNC PyInit_lorakit_low_rank() { return PyModule_Create(&module); }
