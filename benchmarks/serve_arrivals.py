@@ -83,6 +83,9 @@ def report(bench: Benchmark, name: str, rows: Rows, about: str) -> None:
     """What was done, and how long the first tokens took."""
     asked = next(iter(rows.values()))[0]
     came = f"{asked['requests']} requests for {asked['adapters_used']} adapters, {asked['tokens']} tokens of answers."
+    for side, mine in rows.items():
+        if missing := max(row["unanswered"] for row in mine):
+            came += f" {side} left {missing} unanswered."
     for what, key, unit in (
         ("done", "tokens_per_second", "tokens/s"),
         ("first token, median", "first_token_p50", "s"),
@@ -100,7 +103,7 @@ def _tell(side: str, n: int, row: dict[str, Any]) -> None:
     print(
         f"{side:45s} {n:5d} {row['rate']:5g}/s {row['tokens_per_second']:7.1f} tokens/s  first token "
         f"{number(row['first_token_p50'], 's')}, p99 {number(row['first_token_p99'], 's')}, in time "
-        f"{row['within_six_seconds']:.0%}",
+        f"{row['within_six_seconds']:.0%}{', unanswered ' + str(row['unanswered']) if row['unanswered'] else ''}",
         flush=True,
     )
 
@@ -116,7 +119,12 @@ def child(plan: dict[str, Any]) -> None:
             asked = make_load(n, "power", requests, alpha=plan["alpha"], rate=rate, cv=plan["cv"])
             began = time.perf_counter()
             engine.run(asked, None)
-            row = {"side": plan["side"], "adapters": n, "rate": rate, **facts(asked, began)}
+            row = {
+                "side": plan["side"],
+                "adapters": n,
+                "rate": rate,
+                **facts(asked, began, all_answered=False),
+            }
             print(json.dumps(row), flush=True)
 
 

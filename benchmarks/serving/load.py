@@ -137,27 +137,41 @@ def _number(
     return draw.choices(range(adapters), weights)[0]
 
 
-def facts(asked: Sequence[Asked], began: float) -> dict[str, Any]:
-    """What one run was like: tokens a second, seconds to the first token and per token, all requests answered."""
-    missing = sum(one.done is None for one in asked)
-    if missing:
+def facts(asked: Sequence[Asked], began: float, *, all_answered: bool = True) -> dict[str, Any]:
+    """What one run was like: tokens a second, seconds to the first token and per token.
+
+    Args:
+        asked: The requests, with their answers.
+        began: When the first could have been sent.
+        all_answered: Raise an error if one has no answer; else they are counted, and are in no other number but
+            ``within_six_seconds``, where they are late.
+    """
+    ends = {id(one): one.done for one in asked if one.done is not None}
+    answered = [one for one in asked if id(one) in ends]
+    missing = len(asked) - len(answered)
+    if missing and (all_answered or not answered):
         raise RuntimeError(f"{missing} of {len(asked)} requests were not answered")
-    wall = max(one.done for one in asked if one.done is not None) - began
-    waits = sorted(one.first - one.submitted for one in asked if one.first is not None)
-    paces = sorted((one.done - one.first) / (one.tokens - 1) for one in asked if one.tokens > 1)  # type: ignore[operator]
+    wall = max(ends.values()) - began
+    waits = sorted(one.first - one.submitted for one in answered if one.first is not None)
+    paces = sorted(
+        (ends[id(one)] - one.first) / (one.tokens - 1)
+        for one in answered
+        if one.tokens > 1 and one.first is not None
+    )
     answers = json.dumps([one.answer for one in asked])
     return {
         "requests": len(asked),
+        "unanswered": missing,
         "adapters_used": len({one.adapter for one in asked if one.adapter is not None}),
         "prompt_tokens": sum(len(one.prompt) for one in asked),
-        "tokens": sum(one.tokens for one in asked),
+        "tokens": sum(one.tokens for one in answered),
         "seconds": wall,
-        "tokens_per_second": sum(one.tokens for one in asked) / wall,
-        "requests_per_second": len(asked) / wall,
+        "tokens_per_second": sum(one.tokens for one in answered) / wall,
+        "requests_per_second": len(answered) / wall,
         "first_token_p50": _share(waits, 0.5),
         "first_token_p99": _share(waits, 0.99),
         "per_token_p50": _share(paces, 0.5),
-        "within_six_seconds": sum(wait < 6 for wait in waits) / len(waits),
+        "within_six_seconds": sum(wait < 6 for wait in waits) / len(asked),
         "answers": hashlib.sha256(answers.encode()).hexdigest()[:16],
     }
 

@@ -106,8 +106,11 @@ def _shapes(figure: Any, result: Mapping[str, Any]) -> None:
             axes.plot([n for n, _ in points], [speed for _, speed in points], marker="o", label=shape)
         if model in bare:
             axes.axhline(bare[model], linestyle="--", color="grey", label="no adapter")
+        counts = sorted({n for points in shapes.values() for n, _ in points})
         axes.set(xscale="log", xlabel="adapters", ylabel="tokens a second", title=model)
-        axes.set_ylim(bottom=0)
+        axes.set_xticks(counts, [str(n) for n in counts])
+        axes.minorticks_off()
+        axes.set_ylim(0, 1.1 * max(line.get_ydata()[0] for line in axes.get_lines()))
         axes.legend()
 
 
