@@ -119,6 +119,14 @@ def test_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
         Recipe.from_file(tmp_path / "recipes.yaml")
 
 
+def test_a_folder_is_no_recipe_and_a_run_says_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"is a folder; name the recipe, a YAML file.$"):
+        Recipe.from_file(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"It holds a run: .* and --adapter .*adapter"):
+        Recipe.from_file(tmp_path)
+
+
 def test_epochs_and_steps_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'train' makes no sense: epochs and max_steps"):
         Recipe.from_file(write(tmp_path), ["train.max_steps=3"])

@@ -40,6 +40,8 @@ _Loader.add_implicit_resolver(
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """See `Recipe.from_file`."""
     path = Path(path)
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; name the recipe, a YAML file.{_of_run(path)}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -50,6 +52,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         values = with_override(values, override)
     return check_recipe(values, lines, path.resolve().parent, str(path))
+
+
+def _of_run(folder: Path) -> str:
+    """A hint for who names the folder of a run."""
+    if not (folder / "run.json").exists():
+        return ""
+    return f" It holds a run: name the recipe that it was trained with, and --adapter {folder / 'adapter'}."
 
 
 def parse(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
