@@ -11,7 +11,7 @@ import pytest
 from benchmarks import serve_arrivals, serve_throughput
 from benchmarks.harness import LORAKIT, Benchmark
 from benchmarks.serving import engines, load, sides
-from benchmarks.serving.load import Asked, Coming, make_load
+from benchmarks.serving.load import Asked, Coming, facts, make_load
 
 
 class Clock:
@@ -91,8 +91,8 @@ def test_an_engine_of_another_project_is_run_where_its_interpreter_is_named() ->
 
 def row(**others: float) -> dict[str, object]:
     return {
-        "requests": 3, "tokens": 60, "adapters_used": 2, "tokens_per_second": 5.0, "first_token_p50": 0.5,
-        "first_token_p99": 7.0, "within_six_seconds": 0.9, **others,
+        "requests": 3, "unanswered": 0, "tokens": 60, "adapters_used": 2, "tokens_per_second": 5.0,
+        "first_token_p50": 0.5, "first_token_p99": 7.0, "within_six_seconds": 0.9, **others,
     }  # fmt: skip
 
 
@@ -106,9 +106,24 @@ def test_what_was_left_out_is_in_the_note() -> None:
 
 def test_arrivals_are_told_for_each_engine() -> None:
     bench = Benchmark("serve_arrivals", "?", False, 1, None)
-    rows = {LORAKIT: [row()], sides.VLLM: [row(within_six_seconds=0.1)]}
+    rows = {LORAKIT: [row()], sides.VLLM: [row(within_six_seconds=0.1, unanswered=1)]}
     serve_arrivals.report(bench, "20 adapters, 2 requests a second", rows, "About.")
     by_name = {m.name.rpartition(": ")[2]: m.to_json() for m in bench.measurements}
     assert list(by_name) == ["done", "first token, median", "first token, 99th percentile", "in time"]
     assert by_name["in time"]["sides"][sides.VLLM]["median"] == 0.1
     assert "3 requests for 2 adapters" in by_name["done"]["note"]
+    assert f"{sides.VLLM} left 1 unanswered." in by_name["done"]["note"]
+    assert f"{LORAKIT} left" not in by_name["done"]["note"]
+
+
+def test_a_request_without_an_answer_is_an_error_or_late() -> None:
+    asked = make_load(2, requests=4, seed=1)
+    for one in asked[1:]:
+        one.submitted, one.first, one.done = 0.0, 1.0, 3.0
+    with pytest.raises(RuntimeError, match="1 of 4 requests were not answered"):
+        facts(asked, 0.0)
+    told = facts(asked, 0.0, all_answered=False)
+    assert (told["unanswered"], told["within_six_seconds"]) == (1, 0.75)
+    assert told["tokens"] == sum(one.tokens for one in asked[1:])
+    with pytest.raises(RuntimeError, match="4 of 4"):
+        facts(make_load(2, requests=4, seed=1), 0.0, all_answered=False)

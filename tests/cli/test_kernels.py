@@ -14,7 +14,8 @@ from tests.cli.conftest import Lorakit
 
 
 @pytest.fixture(autouse=True)
-def _resolve_again() -> Iterator[None]:
+def _resolve_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(load.SWITCH, raising=False)  # whatever all tests are run with
     load.forget()
     yield
     load.forget()

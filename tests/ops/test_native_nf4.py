@@ -52,8 +52,9 @@ def calls(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 @pytest.fixture
-def resolve_again() -> Iterator[None]:
-    """Whatever a test makes of the state, the next one looks for itself."""
+def resolve_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever all tests are run with, this one looks for itself, and so does the next."""
+    monkeypatch.delenv(load.SWITCH, raising=False)
     yield
     load.forget()
 
