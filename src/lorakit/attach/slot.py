@@ -22,6 +22,7 @@ from lorakit.core.route import Mix, Route, Rows
 from lorakit.core.target import Target
 from lorakit.core.walk import HOME
 from lorakit.errors import RoutingError
+from lorakit.ops import add_low_rank
 from lorakit.ops.native import load as native
 
 OUTPUT = "output"
@@ -51,11 +52,24 @@ class Slot(nn.Module):
     def put(self, name: str, adapter: AdapterParameters) -> None:
         """Add an adapter; any name works, also one that is an attribute of modules."""
         self._modules[name] = adapter
-        scales = adapter.method.direct_scales(self.target) if self._whole_output() else None
-        adapter.__dict__["direct_scales"] = scales
+        adapter.__dict__["direct_scales"] = self._direct_scales(adapter)
 
-    def _whole_output(self) -> bool:
-        return self.target.binding == "forward" and not self.target.part
+    def _direct_scales(self, adapter: AdapterParameters) -> tuple[float | None, float | None] | None:
+        """The scales of ``y += scale * x lora_Aᵀ lora_Bᵀ``, in eval and train mode, where that is all of a call.
+
+        It is what `native.layer` does by itself; None where the adapter must be asked.
+        """
+        target, method, p = self.target, adapter.method, adapter._parameters
+        whole = target.binding == "forward" and not target.part and target.add_low_rank is add_low_rank
+        if not whole or p.keys() != {"lora_A", "lora_B"} or not isinstance(method, LowRankMethod):
+            return None
+
+        def scale(training: bool) -> float | None:
+            product = method.added_product(target, p, training=training)  # type: ignore[arg-type]
+            own = product is not None and product.A is p["lora_A"] and product.B is p["lora_B"]
+            return float(product.scale) if product is not None and own else None
+
+        return scale(training=False), scale(training=True)
 
     def adapter(self, name: str) -> AdapterParameters | None:
         """The adapter of that name, if it has parameters here."""

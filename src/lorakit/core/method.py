@@ -98,13 +98,6 @@ class Method(ABC):
             training: Whether dropout is active.
         """
 
-    def direct_scales(self, target: Target) -> tuple[float | None, float | None] | None:
-        """The scales of ``y += scale * x lora_Aᵀ lora_Bᵀ``, in eval and train mode, where that is all of ``forward``.
-
-        A compiled function then does it for the layer; None where ``forward`` must be called.
-        """
-        return None
-
     def supports(self, target: Target) -> str | None:
         """Why this method cannot adapt this target, or None when it can."""
         return None

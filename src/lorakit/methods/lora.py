@@ -22,7 +22,7 @@ from lorakit.core.target import Shape, Target
 from lorakit.methods.init import init_called
 from lorakit.methods.ranked import Ranked
 from lorakit.methods.settings import check_choice, check_dropout, check_rank_fits, no_input_to_drop
-from lorakit.ops import add_low_rank, joined
+from lorakit.ops import joined
 
 SCALINGS: Mapping[str, Callable[[float, int], float]] = {
     "lora": lambda alpha, r: alpha / r,
@@ -168,13 +168,6 @@ class LoRA(Ranked, LowRankMethod):
             return self.add_to(target, p, x, y, training=training)
         dropout = self.dropout if training else 0.0
         return target.add_low_rank(y, x, p["lora_A"], p["lora_B"], self.scale, dropout)
-
-    def direct_scales(self, target: Target) -> tuple[float | None, float | None] | None:
-        """In a linear layer, without a bias or a start that is subtracted; in train mode without dropout."""
-        direct = type(self).forward is LoRA.forward and target.add_low_rank is add_low_rank
-        if not direct or self.bias or self.subtracted:
-            return None
-        return float(self.scale), None if self.dropout else float(self.scale)
 
     def added_product(self, target: Target, p: Tensors, *, training: bool = False) -> Factors | None:
         """The factors, without a bias or dropout."""
