@@ -100,10 +100,11 @@ def _tell(side: str, n: int, row: dict[str, Any]) -> None:
     if "left_out" in row:
         print(f"{side:45s} {n:5d} left out: {row['left_out']}", flush=True)
         return
+    without = f", unanswered {row['unanswered']}" if row["unanswered"] else ""
     print(
         f"{side:45s} {n:5d} {row['rate']:5g}/s {row['tokens_per_second']:7.1f} tokens/s  first token "
         f"{number(row['first_token_p50'], 's')}, p99 {number(row['first_token_p99'], 's')}, in time "
-        f"{row['within_six_seconds']:.0%}{', unanswered ' + str(row['unanswered']) if row['unanswered'] else ''}",
+        f"{row['within_six_seconds']:.0%}{without}",
         flush=True,
     )
 
@@ -119,12 +120,8 @@ def child(plan: dict[str, Any]) -> None:
             asked = make_load(n, "power", requests, alpha=plan["alpha"], rate=rate, cv=plan["cv"])
             began = time.perf_counter()
             engine.run(asked, None)
-            row = {
-                "side": plan["side"],
-                "adapters": n,
-                "rate": rate,
-                **facts(asked, began, all_answered=False),
-            }
+            told = facts(asked, began, all_answered=False)
+            row = {"side": plan["side"], "adapters": n, "rate": rate, **told}
             print(json.dumps(row), flush=True)
 
 

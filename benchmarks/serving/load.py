@@ -146,27 +146,23 @@ def facts(asked: Sequence[Asked], began: float, *, all_answered: bool = True) ->
         all_answered: Raise an error if one has no answer; else they are counted, and are in no other number but
             ``within_six_seconds``, where they are late.
     """
-    ends = {id(one): one.done for one in asked if one.done is not None}
-    answered = [one for one in asked if id(one) in ends]
+    answered = [(one, one.first, one.done) for one in asked if one.first is not None and one.done is not None]
     missing = len(asked) - len(answered)
     if missing and (all_answered or not answered):
         raise RuntimeError(f"{missing} of {len(asked)} requests were not answered")
-    wall = max(ends.values()) - began
-    waits = sorted(one.first - one.submitted for one in answered if one.first is not None)
-    paces = sorted(
-        (ends[id(one)] - one.first) / (one.tokens - 1)
-        for one in answered
-        if one.tokens > 1 and one.first is not None
-    )
+    wall = max(done for _, _, done in answered) - began
+    waits = sorted(first - one.submitted for one, first, _ in answered)
+    paces = sorted((done - first) / (one.tokens - 1) for one, first, done in answered if one.tokens > 1)
+    tokens = sum(one.tokens for one, _, _ in answered)
     answers = json.dumps([one.answer for one in asked])
     return {
         "requests": len(asked),
         "unanswered": missing,
         "adapters_used": len({one.adapter for one in asked if one.adapter is not None}),
         "prompt_tokens": sum(len(one.prompt) for one in asked),
-        "tokens": sum(one.tokens for one in answered),
+        "tokens": tokens,
         "seconds": wall,
-        "tokens_per_second": sum(one.tokens for one in answered) / wall,
+        "tokens_per_second": tokens / wall,
         "requests_per_second": len(answered) / wall,
         "first_token_p50": _share(waits, 0.5),
         "first_token_p99": _share(waits, 0.99),
