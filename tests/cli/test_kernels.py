@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,7 @@ from lorakit.errors import KernelError
 from lorakit.ops.native import build, load
 from tests.cli.conftest import Lorakit
 
-
-@pytest.fixture(autouse=True)
-def _resolve_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(load.SWITCH, raising=False)  # whatever all tests are run with
-    load.forget()
-    yield
-    load.forget()
+pytestmark = pytest.mark.usefixtures("resolve_again")
 
 
 def test_not_built_then_a_compiler_that_is_missing(

@@ -23,23 +23,10 @@ from lorakit.ops.native.check import check
 from lorakit.ops.native.load import Product
 
 
-@pytest.fixture(scope="module")
-def product() -> Product:
-    """The compiled product; it is built if nobody has built it for this environment yet."""
-    try:
-        build.find_compiler()
-    except KernelError as error:
-        pytest.skip(f"no compiled product here: {error}")
-    return load.read_library(build.build()).product  # with a compiler, a failure is one
-
-
 @pytest.fixture
-def resolve_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A test that looks for the library itself, whatever all tests are run with; the next one looks for itself."""
-    monkeypatch.delenv(load.SWITCH, raising=False)
-    load.forget()
-    yield
-    load.forget()
+def product(library: load.Library) -> Product:
+    """The compiled product."""
+    return library.product
 
 
 @pytest.fixture

@@ -13,20 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import lorakit as lk
-from lorakit.errors import KernelError
-from lorakit.ops.native import build, load
+from lorakit.ops.native import load
 
 Change = Callable[[nn.Sequential], Any]
-
-
-@pytest.fixture(scope="module")
-def compiled() -> load.Library:
-    """The library; it is built if nobody has built it for this environment yet."""
-    try:
-        build.find_compiler()
-    except KernelError as error:
-        pytest.skip(f"no compiled product here: {error}")
-    return load.read_library(build.build())
 
 
 class Calls:
@@ -42,10 +31,10 @@ class Calls:
 
 
 @pytest.fixture
-def calls(compiled: load.Library, monkeypatch: pytest.MonkeyPatch) -> Calls:
+def calls(library: load.Library, monkeypatch: pytest.MonkeyPatch) -> Calls:
     load.status()
-    counted = Calls(compiled.layer)
-    monkeypatch.setattr(load, "product", compiled.product)
+    counted = Calls(library.layer)
+    monkeypatch.setattr(load, "product", library.product)
     monkeypatch.setattr(load, "layer", counted)
     return counted
 
@@ -205,12 +194,12 @@ def test_part_of_a_layer_goes_the_long_way(calls: Calls, monkeypatch: pytest.Mon
     torch.testing.assert_close(got, long_way(model["qkv"], x, monkeypatch), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_no_adapted_layer_is_declined(compiled: load.Library) -> None:
+def test_what_is_no_adapted_layer_is_declined(library: load.Library) -> None:
     x, y = torch.randn(2, 12), torch.randn(2, 8)
     for thing in (nn.Linear(12, 8), object(), None, 3):
-        assert compiled.layer(thing, x, y) is None  # type: ignore[arg-type]
+        assert library.layer(thing, x, y) is None  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes a layer, its input and its output"):
-        compiled.layer(nn.Linear(12, 8), x)  # type: ignore[call-arg]
+        library.layer(nn.Linear(12, 8), x)  # type: ignore[call-arg]
 
 
 def test_a_compiler_of_graphs_does_not_meet_it(calls: Calls) -> None:

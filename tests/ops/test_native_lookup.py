@@ -4,18 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorakit.errors import KernelError
 from lorakit.ops import add_lookup
-from lorakit.ops.native import build, load
 
 
-@pytest.fixture(scope="module")
-def lookup():
-    try:
-        build.find_compiler()
-    except KernelError as error:
-        pytest.skip(str(error))
-    return load.read_library(build.build()).lookup
+@pytest.fixture
+def lookup(library):
+    return library.lookup
 
 
 def case(shape, vocabulary, r, out, seed=0):

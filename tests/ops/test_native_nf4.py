@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit.errors import KernelError
 from lorakit.ops import packed_linear
-from lorakit.ops.native import build, load
+from lorakit.ops.native import load
 from lorakit.ops.native.check import check_nf4
 from lorakit.ops.native.load import Decode
 from lorakit.ops.nf4 import BLOCK_SIZES, NF4, quantize_nf4
@@ -21,14 +18,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [(1,), (1, 1), (3, 5), (5, 31), (7, 9), (33, 48), (100, 130), (31, 777), (300, 1024), (257, 2051)]
 
 
-@pytest.fixture(scope="module")
-def decode() -> Decode:
-    """The compiled decoding; it is built if nobody has built it for this environment yet."""
-    try:
-        build.find_compiler()
-    except KernelError as error:
-        pytest.skip(f"no compiled decoding here: {error}")
-    return load.read_library(build.build()).decode_nf4
+@pytest.fixture
+def decode(library: load.Library) -> Decode:
+    """The compiled decoding."""
+    return library.decode_nf4
 
 
 class Calls:
@@ -49,14 +42,6 @@ def calls(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> Calls:
     counted = Calls(decode)
     monkeypatch.setattr(load, "decode_nf4", counted)
     return counted
-
-
-@pytest.fixture
-def resolve_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever all tests are run with, this one looks for itself, and so does the next."""
-    monkeypatch.delenv(load.SWITCH, raising=False)
-    yield
-    load.forget()
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:
