@@ -33,6 +33,10 @@ void add_product(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor
 
 int64_t tokens_of(const Tensor& x) { return x.numel() / x.size(-1); }
 
+// Short rows of so few numbers in all lie where they are used: to make a tensor for them would take a good part of what one
+// token takes.
+constexpr int64_t FEW = 256;
+
 // ---- the derivative ----------------------------------------------------------------------------------------------
 // Keeps x, the factors and h = scale * x Aᵀ. With G = dL/dy:
 // dB = Gᵀ h, dh = scale * G B, dA = dhᵀ x, dx = dh A, dy = G.
@@ -42,6 +46,9 @@ int64_t tokens_of(const Tensor& x) { return x.numel() / x.size(-1); }
 struct AddLowRank final : torch::autograd::Node {
   SavedVariable x, A, B, h;
   double scale = 1;
+  float few[FEW];  // h, where it is as short as that
+
+  AddLowRank() {}  // which leaves `few` as it is
 
   std::string name() const override { return "AddLowRank"; }
 
@@ -61,12 +68,19 @@ struct AddLowRank final : torch::autograd::Node {
  private:
   bool needs(int input) { return task_should_compute_output(input); }
 
+  Tensor short_rows(int64_t tokens, int64_t r) {
+    if (tokens * r > FEW) return h.unpack();
+    const Tensor rows = empty({tokens, r});
+    std::copy_n(few, tokens * r, data<float>(rows));
+    return rows;
+  }
+
   variable_list quick(const Tensor& gradient) {
     const Tensor G = gradient.contiguous();
     // Each is unpacked once: under activation checkpointing what was saved can be fetched no second time.
     const Tensor B = this->B.unpack();
     Tensor dx, dA, dB;
-    if (needs(3)) dB = collected(h.unpack(), G).t().to(B.scalar_type());
+    if (needs(3)) dB = collected(short_rows(tokens_of(G), B.size(1)), G).t().to(B.scalar_type());
     if (needs(1) || needs(2)) {
       const Tensor x = this->x.unpack(), A = this->A.unpack(), dh = empty({tokens_of(G), A.size(0)});
       const Rows onto = Rows::of(A);
@@ -86,7 +100,7 @@ struct AddLowRank final : torch::autograd::Node {
     const Tensor rows = x.defined() ? wide(x).reshape({-1, x.size(-1)}) : Tensor();
     Tensor dx, dA, dB;
     if (needs(3)) {
-      const Tensor again = x.defined() ? rows.mm(wide(A).t()).mul(scale) : h.unpack();
+      const Tensor again = x.defined() ? rows.mm(wide(A).t()).mul(scale) : short_rows(G.size(0), B.size(1));
       dB = G.t().mm(again).to(B.scalar_type());
     }
     if (needs(1) || needs(2)) {
@@ -102,16 +116,17 @@ void add_recorded(const Tensor& y, const Tensor& x, const Tensor& A, const Tenso
   torch::autograd::check_inplace(y, true);
   const auto node = c10::make_intrusive<AddLowRank>();
   node->set_next_edges(torch::autograd::collect_next_edges(y, x, A, B));
-  const Tensor h = empty({tokens_of(x), A.size(0)});
+  const bool few = tokens_of(x) * A.size(0) <= FEW;
+  const Tensor h = few ? Tensor() : empty({tokens_of(x), A.size(0)});
   {
     const at::NoGradGuard unrecorded;
-    add_product(y, x, A, B, scale, data<float>(h));
+    add_product(y, x, A, B, scale, few ? node->few : data<float>(h));
   }
   torch::autograd::increment_version(y);
   if (A.requires_grad()) node->x = SavedVariable(x, false);
   node->A = SavedVariable(A, false);
   node->B = SavedVariable(B, false);
-  node->h = SavedVariable(h, false);
+  if (!few) node->h = SavedVariable(h, false);
   node->scale = scale;
   torch::autograd::rebase_history(y, node);
 }
@@ -119,8 +134,8 @@ void add_recorded(const Tensor& y, const Tensor& x, const Tensor& A, const Tenso
 void add_unrecorded(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale) {
   torch::autograd::increment_version(y);
   const int64_t count = tokens_of(x) * A.size(0);
-  float few[256];
-  std::vector<float> many(count <= 256 ? 0 : count);
+  float few[FEW];
+  std::vector<float> many(count <= FEW ? 0 : count);
   add_product(y, x, A, B, scale, many.empty() ? few : many.data());
 }
 

@@ -38,14 +38,26 @@ INLINE void add_products(Vector (&sums)[ROWS][COLUMNS], const float* x, int64_t 
   }
 }
 
+// Which rows of X are asked for while a tile is summed: some of those of the next tile. By themselves processors do not look
+// from one row to the next.
+template <class X>
+struct Ahead {
+  const X* rows;
+  int64_t distance, first, step;
+};
+
 // H[i, j] (+)= scale * X[i] . M[j] over `n` entries, for ROWS rows of X and COLUMNS rows of M.
-template <int ROWS, int COLUMNS, class M>
+template <int ROWS, int COLUMNS, class M, class X>
 INLINE void dot_tile(const float* x, int64_t x_step, const M* m, int64_t m_step, int64_t n, float scale, bool add,
-                     float* h, int64_t h_step) {
+                     float* h, int64_t h_step, const Ahead<X>& ahead) {
   Vector sums[ROWS][COLUMNS];
   clear(sums);
   int64_t k = 0;
-  for (; k + WIDTH <= n; k += WIDTH) add_products<false>(sums, x + k, x_step, m + k, m_step, WIDTH);
+  for (; k + WIDTH <= n; k += WIDTH) {
+    if constexpr (ROWS == DOT_ROWS)
+      for (int64_t i = ahead.first; i < ROWS; i += ahead.step) __builtin_prefetch(ahead.rows + i * ahead.distance + k);
+    add_products<false>(sums, x + k, x_step, m + k, m_step, WIDTH);
+  }
   if (k < n) add_products<true>(sums, x + k, x_step, m + k, m_step, n - k);
   for (int i = 0; i < ROWS; ++i) {
     float sum[COLUMNS];
@@ -115,6 +127,7 @@ template <class X, class M>
 void project(const X* x, const M* m, int64_t rows, int64_t n, int64_t h_step, int64_t begin, int64_t end, float scale,
              float* h) {
   alignas(64) float copy[DOT_ROWS * PIECE];
+  const int64_t passes = (end - begin + DOT_COLUMNS - 1) / DOT_COLUMNS;
   for (int64_t k = 0; k < n; k += PIECE) {
     const int64_t piece = std::min(PIECE, n - k);
     for (int64_t i = 0; i < rows; i += DOT_ROWS) {
@@ -124,7 +137,8 @@ void project(const X* x, const M* m, int64_t rows, int64_t n, int64_t h_step, in
       for (int64_t j = begin; j < end; j += DOT_COLUMNS)
         with_constant<DOT_ROWS>(some, [&](auto some_rows) {
           with_constant<DOT_COLUMNS>(std::min<int64_t>(DOT_COLUMNS, end - j), [&](auto columns) {
-            dot_tile<some_rows, columns>(from, step, m + j * n + k, n, piece, scale, k > 0, h + i * h_step + j, h_step);
+            dot_tile<some_rows, columns>(from, step, m + j * n + k, n, piece, scale, k > 0, h + i * h_step + j, h_step,
+                                         Ahead<X>{x + (i + DOT_ROWS) * n + k, n, (j - begin) / DOT_COLUMNS, passes});
           });
         });
     }
