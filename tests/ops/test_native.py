@@ -71,6 +71,7 @@ SHAPES = [
     for size, n, out, r in [
         ((1,), 1, 1, 1),
         ((1,), 1024, 1024, 16),
+        ((1,), 40, 24, 65),
         ((1, 1), 33, 65, 4),
         ((2,), 16, 31, 2),
         ((5,), 100, 7, 3),
@@ -142,8 +143,10 @@ NEEDS = [n for n in itertools.product([True, False], repeat=4) if any(n)]
 @pytest.mark.parametrize(
     "needs", NEEDS, ids=["".join(c for c, n in zip("yxAB", need, strict=True) if n) for need in NEEDS]
 )
-def test_derivatives_where_they_are_wanted(product: Product, needs: tuple[bool, ...]) -> None:
-    y, x, A, B = (t.requires_grad_(n) for t, n in zip(operands(9, n=30, out=20, r=3), needs, strict=True))
+@pytest.mark.parametrize("tokens", [9, 1])
+def test_derivatives_where_they_are_wanted(product: Product, needs: tuple[bool, ...], tokens: int) -> None:
+    given = operands(tokens, n=30, out=20, r=3)
+    y, x, A, B = (t.requires_grad_(n) for t, n in zip(given, needs, strict=True))
     if x.requires_grad and not A.requires_grad:
         assert product(y * 1, x, A, B, 1.5) is None, "with A frozen the plain operations keep less"
         assert_near(add_low_rank(y * 1, x, A, B, 1.5), formula(y, x, A, B, 1.5))
@@ -164,8 +167,9 @@ def test_a_gradient_of_any_layout(product: Product) -> None:
     assert_near(A.grad, double.grad)
 
 
-def test_second_derivatives(product: Product) -> None:
-    y, x, A, B = operands(5, n=6, out=7, r=2)
+@pytest.mark.parametrize("tokens", [5, 1])
+def test_second_derivatives(product: Product, tokens: int) -> None:
+    y, x, A, B = operands(tokens, n=6, out=7, r=2)
     inputs = [t.requires_grad_() for t in (x, A, B)]
     doubles = [t.detach().double().requires_grad_() for t in inputs]
 
@@ -196,6 +200,32 @@ def test_it_saves_the_input_and_the_short_rows(product: Product) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         product(y.clone(), x.detach(), A.detach(), B, 1.0)
     assert x.shape not in sizes, "with A frozen, B needs the short rows only"
+
+
+def test_one_tokens_short_row_is_no_tensor(product: Product) -> None:
+    y, x, A, B = operands(1, n=32, out=24, r=8)
+    A.requires_grad_()
+    sizes: list[torch.Size] = []
+
+    def pack(t: Tensor) -> Tensor:
+        sizes.append(t.shape)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        product(y, x, A, B, 1.0)
+    assert sorted(sizes) == sorted([x.shape, A.shape, B.shape])
+
+
+def test_a_second_backward_pass(product: Product) -> None:
+    """What was kept is there while the graph is, and gone with it."""
+    y, x, A, B = (t.requires_grad_() for t in operands(1, n=32, out=24, r=8))
+    result = product(y * 1, x, A, B, 1.0)
+    assert result is not None
+    first = torch.autograd.grad(result.sum(), (x, A, B), retain_graph=True)
+    second = torch.autograd.grad(result.sum(), (x, A, B))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(result.sum(), (x, A, B))
 
 
 @pytest.mark.parametrize("shape", ["columns", "corner"])

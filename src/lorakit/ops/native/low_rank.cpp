@@ -33,9 +33,12 @@ void add_product(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor
 
 int64_t tokens_of(const Tensor& x) { return x.numel() / x.size(-1); }
 
-// Short rows of so few numbers in all lie where they are used: to make a tensor for them would take a good part of what one
-// token takes.
-constexpr int64_t FEW = 256;
+// Short rows of so many numbers in all are made on the stack.
+constexpr int64_t ON_THE_STACK = 256;
+// One token's short row lies in its node, if it is no longer than this: a tensor takes as long to make as the row does.
+constexpr int64_t IN_THE_NODE = 64;
+
+bool lies_in_the_node(int64_t tokens, int64_t r) { return tokens == 1 && r <= IN_THE_NODE; }
 
 // ---- the derivative ----------------------------------------------------------------------------------------------
 // Keeps x, the factors and h = scale * x Aᵀ. With G = dL/dy:
@@ -46,9 +49,9 @@ constexpr int64_t FEW = 256;
 struct AddLowRank final : torch::autograd::Node {
   SavedVariable x, A, B, h;
   double scale = 1;
-  float few[FEW];  // h, where it is as short as that
+  float row[IN_THE_NODE];  // h of a single token
 
-  AddLowRank() {}  // which leaves `few` as it is
+  AddLowRank() {}  // which leaves `row` as it is
 
   std::string name() const override { return "AddLowRank"; }
 
@@ -69,9 +72,9 @@ struct AddLowRank final : torch::autograd::Node {
   bool needs(int input) { return task_should_compute_output(input); }
 
   Tensor short_rows(int64_t tokens, int64_t r) {
-    if (tokens * r > FEW) return h.unpack();
-    const Tensor rows = empty({tokens, r});
-    std::copy_n(few, tokens * r, data<float>(rows));
+    if (!lies_in_the_node(tokens, r)) return h.unpack();
+    const Tensor rows = empty({1, r});
+    std::copy_n(row, r, data<float>(rows));
     return rows;
   }
 
@@ -116,17 +119,17 @@ void add_recorded(const Tensor& y, const Tensor& x, const Tensor& A, const Tenso
   torch::autograd::check_inplace(y, true);
   const auto node = c10::make_intrusive<AddLowRank>();
   node->set_next_edges(torch::autograd::collect_next_edges(y, x, A, B));
-  const bool few = tokens_of(x) * A.size(0) <= FEW;
-  const Tensor h = few ? Tensor() : empty({tokens_of(x), A.size(0)});
+  const bool in_node = lies_in_the_node(tokens_of(x), A.size(0));
+  const Tensor h = in_node ? Tensor() : empty({tokens_of(x), A.size(0)});
   {
     const at::NoGradGuard unrecorded;
-    add_product(y, x, A, B, scale, few ? node->few : data<float>(h));
+    add_product(y, x, A, B, scale, in_node ? node->row : data<float>(h));
   }
   torch::autograd::increment_version(y);
   if (A.requires_grad()) node->x = SavedVariable(x, false);
   node->A = SavedVariable(A, false);
   node->B = SavedVariable(B, false);
-  if (!few) node->h = SavedVariable(h, false);
+  if (!in_node) node->h = SavedVariable(h, false);
   node->scale = scale;
   torch::autograd::rebase_history(y, node);
 }
@@ -134,8 +137,8 @@ void add_recorded(const Tensor& y, const Tensor& x, const Tensor& A, const Tenso
 void add_unrecorded(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale) {
   torch::autograd::increment_version(y);
   const int64_t count = tokens_of(x) * A.size(0);
-  float few[FEW];
-  std::vector<float> many(count <= FEW ? 0 : count);
+  float few[ON_THE_STACK];
+  std::vector<float> many(count <= ON_THE_STACK ? 0 : count);
   add_product(y, x, A, B, scale, many.empty() ? few : many.data());
 }
 
