@@ -183,37 +183,32 @@ def test_second_derivatives(product: Product, tokens: int) -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-3)
 
 
-def test_it_saves_the_input_and_the_short_rows(product: Product) -> None:
-    y, x, A, B = operands(64, n=256, out=192, r=8)
+def saved_shapes(product: Product, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> list[torch.Size]:
+    """The sizes of the tensors that autograd keeps, in order of size."""
     sizes: list[torch.Size] = []
 
     def pack(t: Tensor) -> Tensor:
         sizes.append(t.shape)
         return t
 
-    for own in (A, B, x):
-        own.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         product(y.clone(), x, A, B, 1.0)
-    assert sorted(sizes) == sorted([x.shape, A.shape, B.shape, (64, 8)])
-    sizes.clear()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        product(y.clone(), x.detach(), A.detach(), B, 1.0)
-    assert x.shape not in sizes, "with A frozen, B needs the short rows only"
+    return sorted(sizes)
+
+
+def test_it_saves_the_input_and_the_short_rows(product: Product) -> None:
+    y, x, A, B = operands(64, n=256, out=192, r=8)
+    for own in (A, B, x):
+        own.requires_grad_()
+    assert saved_shapes(product, y, x, A, B) == sorted([x.shape, A.shape, B.shape, (64, 8)])
+    frozen = saved_shapes(product, y, x.detach(), A.detach(), B)
+    assert x.shape not in frozen, "with A frozen, B needs the short rows only"
 
 
 def test_one_tokens_short_row_is_no_tensor(product: Product) -> None:
     y, x, A, B = operands(1, n=32, out=24, r=8)
     A.requires_grad_()
-    sizes: list[torch.Size] = []
-
-    def pack(t: Tensor) -> Tensor:
-        sizes.append(t.shape)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        product(y, x, A, B, 1.0)
-    assert sorted(sizes) == sorted([x.shape, A.shape, B.shape])
+    assert saved_shapes(product, y, x, A, B) == sorted([x.shape, A.shape, B.shape])
 
 
 def test_a_second_backward_pass(product: Product) -> None:

@@ -35,7 +35,7 @@ int64_t tokens_of(const Tensor& x) { return x.numel() / x.size(-1); }
 
 // Short rows of so many numbers in all are made on the stack.
 constexpr int64_t ON_THE_STACK = 256;
-// One token's short row lies in its node, if it is no longer than this: a tensor takes as long to make as the row does.
+// One token's short row lies in its node, if it is no longer than this: a tensor of it costs half a microsecond of thirty.
 constexpr int64_t IN_THE_NODE = 64;
 
 bool lies_in_the_node(int64_t tokens, int64_t r) { return tokens == 1 && r <= IN_THE_NODE; }
