@@ -62,7 +62,7 @@ def compare(bench: Benchmark, tokens: int, dtype: torch.dtype, rounds: int) -> N
         ("forward and backward", step, trained, None),
     ):
         samples = bench.measure(
-            {name: make(layer, given) for name, layer in layers.items()}, rounds=rounds, at_least=0.004
+            {name: make(layer, given) for name, layer in layers.items()}, rounds=rounds, at_least=0.02
         )
         bench.add(f"{mode}: added at {what}", over_base(samples), ratio=(LORAKIT, PEFT), aim=aim)
         bench.add(f"{mode}: in all at {what}", samples, drawn=False)

@@ -38,18 +38,14 @@ INLINE void add_products(Vector (&sums)[ROWS][COLUMNS], const float* x, int64_t 
   }
 }
 
-// H[i, j] (+)= scale * X[i] . M[j] over `n` entries, for ROWS rows of X and COLUMNS rows of M. `meanwhile(k)` is called for
-// each vector of entries of a whole tile.
-template <int ROWS, int COLUMNS, class M, class Meanwhile>
+// H[i, j] (+)= scale * X[i] . M[j] over `n` entries, for ROWS rows of X and COLUMNS rows of M.
+template <int ROWS, int COLUMNS, class M>
 INLINE void dot_tile(const float* x, int64_t x_step, const M* m, int64_t m_step, int64_t n, float scale, bool add,
-                     float* h, int64_t h_step, const Meanwhile& meanwhile) {
+                     float* h, int64_t h_step) {
   Vector sums[ROWS][COLUMNS];
   clear(sums);
   int64_t k = 0;
-  for (; k + WIDTH <= n; k += WIDTH) {
-    if constexpr (ROWS == DOT_ROWS) meanwhile(k);
-    add_products<false>(sums, x + k, x_step, m + k, m_step, WIDTH);
-  }
+  for (; k + WIDTH <= n; k += WIDTH) add_products<false>(sums, x + k, x_step, m + k, m_step, WIDTH);
   if (k < n) add_products<true>(sums, x + k, x_step, m + k, m_step, n - k);
   for (int i = 0; i < ROWS; ++i) {
     float sum[COLUMNS];
@@ -119,26 +115,18 @@ template <class X, class M>
 void project(const X* x, const M* m, int64_t rows, int64_t n, int64_t h_step, int64_t begin, int64_t end, float scale,
              float* h) {
   alignas(64) float copy[DOT_ROWS * PIECE];
-  const int64_t passes = (end - begin + DOT_COLUMNS - 1) / DOT_COLUMNS;
   for (int64_t k = 0; k < n; k += PIECE) {
     const int64_t piece = std::min(PIECE, n - k);
     for (int64_t i = 0; i < rows; i += DOT_ROWS) {
       const int64_t some = std::min<int64_t>(DOT_ROWS, rows - i);
       int64_t step = n;
       const float* from = in_float(x + i * n + k, some, piece, step, copy);
-      for (int64_t j = begin; j < end; j += DOT_COLUMNS) {
-        // Each pass asks for some rows of the next tile: by itself a processor does not look from one row to the next.
-        const X* const next = x + (i + DOT_ROWS) * n + k;
-        const auto ask = [next, n, passes, first = (j - begin) / DOT_COLUMNS](int64_t at) {
-          for (int64_t row = first; row < DOT_ROWS; row += passes) __builtin_prefetch(next + row * n + at);
-        };
+      for (int64_t j = begin; j < end; j += DOT_COLUMNS)
         with_constant<DOT_ROWS>(some, [&](auto some_rows) {
           with_constant<DOT_COLUMNS>(std::min<int64_t>(DOT_COLUMNS, end - j), [&](auto columns) {
-            dot_tile<some_rows, columns>(from, step, m + j * n + k, n, piece, scale, k > 0, h + i * h_step + j, h_step,
-                                         ask);
+            dot_tile<some_rows, columns>(from, step, m + j * n + k, n, piece, scale, k > 0, h + i * h_step + j, h_step);
           });
         });
-      }
     }
   }
 }
