@@ -42,13 +42,13 @@ void multiply_blocks(const Weight& w, const float* columns, int64_t block, int64
   if (side_by_side)
     with_constant<TILE_ROWS>(rows, [&](auto count) {
       accumulate<decltype(count)::value, TILE_BLOCKS, true>(columns, 0, all, WIDTH, w.in, sums, step,
-                                                            [&](int64_t k) PART_OF_THE_LOOP { ahead.ask(k, at_once); });
+                                                            ahead.asking(0, at_once));
     });
   else
     with_constant<TALL_ROWS>(rows, [&](auto count) {
       for (int64_t j = 0; j < blocks; ++j)
         accumulate<decltype(count)::value, 1, true>(columns, 0, all + j, WIDTH, w.in, sums + j * WIDTH, step,
-                                                    [&](int64_t k) PART_OF_THE_LOOP { ahead.ask(j * w.in + k, at_once); });
+                                                    ahead.asking(j * w.in, at_once));
     });
 }
 
@@ -64,7 +64,7 @@ void multiply_codes(const Weight& w, const CodeRows& x, int64_t block, int64_t b
   }
   for (int64_t i = 0; i < rows; i += CODE_ROWS) {
     const CodeRows some{x.codes + (row + i) * x.n, x.scales + (row + i) * groups, x.sums + (row + i) * groups, x.n};
-    const auto ask = [&](int64_t g) PART_OF_THE_LOOP { ahead.ask(i / CODE_ROWS * groups + g, at_once); };
+    const auto ask = ahead.asking(i / CODE_ROWS * groups, at_once);
     with_constant<CODE_ROWS>(std::min<int64_t>(CODE_ROWS, rows - i), [&](auto count) {
       if (blocks == TILE_BLOCKS)
         multiply_codes<decltype(count)::value, TILE_BLOCKS>(some, codes, scales, sums + i * step, step, ask);

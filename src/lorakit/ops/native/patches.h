@@ -80,10 +80,19 @@ class Ahead {
   // How many lines are asked for at once when that is done in this many steps.
   int64_t at_once(int64_t steps) const { return (count_ + steps - 1) / steps; }
 
-  // At the step `number`.
-  INLINE void ask(int64_t number, int64_t at_once) const {
-    for (int64_t l = number * at_once; l < std::min(count_, (number + 1) * at_once); ++l) __builtin_prefetch(lines_[l]);
-  }
+  // Called with each step of a loop that begins with the step `first` of all. It changes nothing, so unless it is made part
+  // of that loop the compiler takes the call out.
+  struct Asking {
+    const Ahead& ahead;
+    int64_t first, at_once;
+
+    INLINE void operator()(int64_t step) const {
+      const int64_t begin = (first + step) * at_once;
+      for (int64_t l = begin; l < std::min(ahead.count_, begin + at_once); ++l) __builtin_prefetch(ahead.lines_[l]);
+    }
+  };
+
+  Asking asking(int64_t first, int64_t at_once) const { return {*this, first, at_once}; }
 
  private:
   static constexpr int64_t LINE = 64, MOST = 2048;

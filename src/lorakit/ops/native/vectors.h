@@ -30,9 +30,6 @@ constexpr bool MANY_REGISTERS = false;
 
 // The sums of a tile only stay in registers when the tile is part of the loop around it.
 #define INLINE [[gnu::always_inline]] inline
-// For a lambda that only asks for memory: it changes nothing, so unless it is part of the loop that calls it, the compiler
-// takes the call out.
-#define PART_OF_THE_LOOP __attribute__((always_inline))
 
 using Vector = float __attribute__((vector_size(4 * WIDTH)));
 using Bits = uint32_t __attribute__((vector_size(4 * WIDTH)));
